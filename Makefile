@@ -1,0 +1,38 @@
+# `make quickstart` and `make test` need Python 3.10+ and a package registry; they set up the rest by themselves.
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+READY := $(VENV)/.ready
+
+.PHONY: setup quickstart test test-all lint wheel clean
+
+setup: $(READY)
+
+# torch comes first, and the package with --no-build-isolation: so pip builds against that torch and fetches no second one.
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt setuptools wheel ninja
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	@$(VENV)/bin/python -m fastgpt.ops.registry
+	@touch $@
+
+quickstart: setup
+	$(VENV)/bin/fastgpt quickstart $(ARGS)
+
+test: lint
+	$(VENV)/bin/python -m pytest -n 2
+
+test-all: lint
+	$(VENV)/bin/python -m pytest -n 2 -m "slow or not slow"
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+wheel: setup
+	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist *.egg-info fastgpt/*.so $(READY)
