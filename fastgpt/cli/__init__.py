@@ -1,0 +1,78 @@
+"""The `fastgpt` command: finds the subcommand, lets tyro parse its arguments, turns a UserError into one line.
+
+One file a subcommand. Each is a function with typed parameters; tyro makes the options and their help from them.
+"""
+
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+from fastgpt.errors import UserError
+
+# subcommand -> (where its function is, what it does). Imported on use only: `fastgpt --help` need not wait for torch.
+COMMANDS = {
+    "quickstart": ("quickstart:quickstart", "the whole way once, in minutes: text, tokenizer, shards, training, samples"),
+    "tokenizer train": ("tokenizer:train", "train a byte-level BPE on text files"),
+    "tokenizer show": ("tokenizer:show", "show how a text splits into tokens"),
+    "data prepare": ("data:prepare", "turn text files into token shards"),
+    "train": ("train:train", "train a GPT on token shards, or resume a run"),
+    "eval": ("eval:evaluate", "loss, perplexity and bits per byte of a model on token shards"),
+    "generate": ("generate:generate", "continue a prompt"),
+    "info": ("info:info", "versions, devices, and which implementation each op takes and why"),
+}
+
+USAGE_ERROR = 2
+
+
+def help_text() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: fastgpt COMMAND [OPTIONS]", "", *lines, "", "`fastgpt COMMAND --help` lists a command's options."]
+    )
+
+
+def fail(message: str) -> NoReturn:
+    print(f"fastgpt: error: {message}", file=sys.stderr)
+    raise SystemExit(USAGE_ERROR)
+
+
+def run(argv: list[str]) -> None:
+    """Parses and runs one command line (without the leading `fastgpt`); errors of the user leave as UserError."""
+    name = next((n for n in (" ".join(argv[:2]), argv[0]) if n in COMMANDS), None)
+    if name is None:
+        close = [n for n in COMMANDS if n.split()[0] == argv[0]]
+        hint = f"did you mean {' or '.join(f'`fastgpt {n}`' for n in close)}?" if close else "see `fastgpt --help`"
+        raise UserError(f"no command `{' '.join(argv[:2])}`: {hint}")
+    module, function = COMMANDS[name][0].split(":")
+    command = getattr(import_module(f"fastgpt.cli.{module}"), function)
+
+    import tyro
+
+    tyro.cli(
+        command,
+        prog=f"fastgpt {name}",
+        args=argv[len(name.split()) :],
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return
+    if argv[0] == "--version":
+        from fastgpt import __version__
+
+        print(f"fastgpt {__version__}")
+        return
+    try:
+        run(argv)
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # `fastgpt generate ... | head`
+        sys.stderr.close()
+        raise SystemExit(141) from None
