@@ -14,7 +14,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 	$(PIP) install -q -c constraints.txt setuptools wheel ninja
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[dev]"
-	@$(VENV)/bin/python -m fastgpt.ops.registry
+	@$(VENV)/bin/python -c "from fastgpt.ops import registry; print(registry.extension_line())"
 	@touch $@
 
 quickstart: setup

@@ -14,7 +14,16 @@ from setuptools import setup
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the oldest torch that we support
 # On glibc + GCC the row loops are cloned for AVX2 and AVX-512 and picked at load time (csrc/common/cpu.h),
 # so no -march here: the wheel runs on any x86-64 or ARM machine of its platform.
-CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+CXX_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-fopenmp-simd",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-g0",
+]
 # 9.0a is Hopper with wgmma; the newest generic architecture comes as PTX too, for GPUs that are newer still.
 CUDA_ARCHS = "8.0;9.0a;10.0+PTX"
 

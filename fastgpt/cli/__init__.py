@@ -11,7 +11,10 @@ from fastgpt.errors import UserError
 
 # subcommand -> (where its function is, what it does). Imported on use only: `fastgpt --help` need not wait for torch.
 COMMANDS = {
-    "quickstart": ("quickstart:quickstart", "the whole way once, in minutes: text, tokenizer, shards, training, samples"),
+    "quickstart": (
+        "quickstart:quickstart",
+        "the whole way once, in minutes: text, tokenizer, shards, training, samples",
+    ),
     "tokenizer train": ("tokenizer:train", "train a byte-level BPE on text files"),
     "tokenizer show": ("tokenizer:show", "show how a text splits into tokens"),
     "data prepare": ("data:prepare", "turn text files into token shards"),
@@ -28,7 +31,13 @@ def help_text() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
-        ["usage: fastgpt COMMAND [OPTIONS]", "", *lines, "", "`fastgpt COMMAND --help` lists a command's options."]
+        [
+            "usage: fastgpt COMMAND [OPTIONS]",
+            "",
+            *lines,
+            "",
+            "`fastgpt COMMAND --help` lists a command's options.",
+        ]
     )
 
 

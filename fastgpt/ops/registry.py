@@ -1,0 +1,104 @@
+"""Which implementation each op takes on each device, and why.
+
+An op has one accelerated implementation per device type, registered with torch's dispatcher, and one plain-torch
+reference. The kernel is taken wherever it is there; otherwise the reference is. `using("reference")` and the environment
+variable `FASTGPT_OPS=reference` force the reference, to compare and to debug.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Mode = Literal["auto", "reference"]
+DEVICE_TYPES = ("cpu", "cuda")
+EXTENSION = Path(__file__).parents[1] / "_C.abi3.so"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """What an op runs on a device type: `name` is "C++", "CUDA C++", "Triton" or "reference"; `reason` says why."""
+
+    op: str
+    device: str
+    name: str
+    reason: str
+
+
+def _load_extension() -> str | None:
+    """Loads fastgpt/_C.abi3.so; returns None, or why its kernels are not there."""
+    if not EXTENSION.exists():
+        return (
+            "fastgpt/_C.abi3.so was not built (no C++ compiler or no torch when fastgpt was installed): install both, "
+            "then `pip install -v --no-build-isolation --force-reinstall --no-deps` fastgpt again"
+        )
+    try:
+        torch.ops.load_library(str(EXTENSION))
+    except OSError as error:
+        return f"fastgpt/_C.abi3.so does not load ({str(error).splitlines()[0]}): build it again for this torch"
+    return None
+
+
+_missing = _load_extension()
+_mode: Mode = "reference" if os.environ.get("FASTGPT_OPS") == "reference" else "auto"
+_kernels: dict[str, dict[str, str]] = {}  # op -> device type -> the kind of kernel that the op has for it
+_present: set[tuple[str, str]] = set()  # (op, device type) whose kernel is really there
+
+
+def register(op: str, *, cpu: str, cuda: str) -> None:
+    """Called once by each op's file, after it defined its schema; `cpu` and `cuda` name the kind of kernel it has there."""
+    _kernels[op] = {"cpu": cpu, "cuda": cuda}
+    for device in DEVICE_TYPES:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgpt::{op}", device.upper()):
+            _present.add((op, device))
+
+
+def takes_kernel(op: str, x: torch.Tensor) -> bool:
+    """Whether `op` on `x` runs its kernel, not its reference. A dictionary lookup: torch.compile traces through it."""
+    return _mode == "auto" and (op, x.device.type) in _present
+
+
+def implementation(op: str, device: str) -> Implementation:
+    """The implementation that `op` takes on a device type ("cpu", "cuda") now, and why."""
+    kind = _kernels[op].get(device)
+    if _mode == "reference":
+        return Implementation(op, device, "reference", 'forced by FASTGPT_OPS=reference or ops.using("reference")')
+    if (op, device) in _present:
+        assert kind is not None
+        return Implementation(op, device, kind, "its kernel is built and loaded")
+    if kind is None:
+        return Implementation(op, device, "reference", f"it has no kernel for {device}")
+    if _missing:
+        return Implementation(op, device, "reference", _missing)
+    return Implementation(
+        op, device, "reference", f"the extension was built without {kind}: torch or nvcc had no CUDA then"
+    )
+
+
+def implementations() -> list[Implementation]:
+    """One row for each op and device type."""
+    return [implementation(op, device) for op in sorted(_kernels) for device in DEVICE_TYPES]
+
+
+@contextmanager
+def using(mode: Mode) -> Iterator[None]:
+    """Within it, ops take their reference (`"reference"`) or their usual choice (`"auto"`); holds for the whole process."""
+    global _mode
+    if mode not in ("auto", "reference"):
+        raise ValueError(f'using: mode must be "auto" or "reference", got {mode!r}')
+    before, _mode = _mode, mode
+    try:
+        yield
+    finally:
+        _mode = before
+
+
+def extension_line() -> str:
+    """One line on the extension, for people: printed after installation and by `fastgpt info`."""
+    if _missing:
+        return f"extension: not loaded, ops take their references: {_missing}"
+    return f"extension: loaded, {len(_present)} kernels ({', '.join(f'{op} on {dev}' for op, dev in sorted(_present))})"

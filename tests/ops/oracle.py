@@ -1,0 +1,198 @@
+"""The contract of an op as one test class: subclass it, say what the op is, and pytest runs every clause.
+
+The oracle is the op's plain-torch reference in float64. The bound on an error is relative to what plain torch itself
+makes at the same dtype: at most twice that, plus one rounding.
+
+A subclass gives:
+    name        the op's name, as in `torch.ops.fastgpt.<name>` and `ops.<name>`
+    reference   its plain-torch definition
+    cases       shapes, of whatever `inputs` understands
+    inputs()    the op's arguments for one case; tensors that need gradients have requires_grad set
+    bad_inputs  (exception, what its message must name, arguments)
+"""
+
+import functools
+import shutil
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt import ops
+from fastgpt.ops import registry
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def rows(tensor: Tensor, layout: str) -> Tensor:
+    """The same values as `tensor` with other strides."""
+    if layout == "contiguous" or tensor.dim() == 0:
+        return tensor
+    if layout == "strided":  # every other element of a buffer twice as wide
+        wide = torch.full(
+            (*tensor.shape[:-1], tensor.shape[-1] * 2), torch.nan, dtype=tensor.dtype, device=tensor.device
+        )
+        wide[..., ::2] = tensor
+        return wide[..., ::2]
+    if layout == "transposed":
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "offset":  # starts in the middle of a buffer, on no 16-byte boundary
+        flat = torch.full((tensor.numel() + 1,), torch.nan, dtype=tensor.dtype, device=tensor.device)
+        flat[1:] = tensor.flatten()
+        return flat[1:].view(tensor.shape)
+    raise AssertionError(layout)
+
+
+def results(fn: Callable[..., Tensor], args: tuple[Any, ...], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Output and gradients of fn(*args), the gradients for a fixed dy; with `dtype`, all computed in that dtype."""
+    leaves = [
+        a.detach().to(dtype or a.dtype).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args
+    ]
+    y = fn(*leaves)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(args[0].dtype).to(y)
+    y.backward(dy)
+    found = {"output": y.detach()}
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            assert leaf.grad is not None
+            found[f"gradient of argument {i}"] = leaf.grad
+    return found
+
+
+def assert_within_bound(
+    ours: dict[str, Tensor], torchs: dict[str, Tensor], exact: dict[str, Tensor], roundings: int = 1
+) -> None:
+    assert ours.keys() == exact.keys()
+    for name, want in exact.items():
+        got, plain = ours[name], torchs[name]
+        assert got.shape == want.shape, name
+        assert got.dtype == plain.dtype, name
+        if want.numel() == 0:
+            continue
+        error = (got.double() - want).abs().max().item()
+        # The rounding is of the largest term: inputs are of size 1, and a sum that cancels to less still rounded those.
+        rounding = roundings * torch.finfo(got.dtype).eps * max(1.0, want.abs().max().item())
+        allowed = 2 * (plain.double() - want).abs().max().item() + rounding
+        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[k].nan_to_num(nan=7.0), b[k].nan_to_num(nan=7.0)) for k in a)
+
+
+class OpContract:
+    name: str
+    reference: Callable[..., Tensor]
+    cases: ClassVar[list[Any]]
+    bad_inputs: ClassVar[list[tuple[type[Exception], str, Callable[[], tuple[Any, ...]]]]]
+
+    def inputs(
+        self, case: Any, dtype: torch.dtype, device: str, layout: str = "contiguous", seed: int = 0
+    ) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+    @property
+    def op(self) -> Callable[..., Tensor]:
+        return getattr(ops, self.name)
+
+    @property
+    def raw(self) -> Any:
+        return getattr(torch.ops.fastgpt, self.name).default
+
+    def ref(self) -> Callable[..., Tensor]:
+        return type(self).__dict__["reference"].__func__
+
+    def kernel_or_skip(self, device: str = "cpu") -> None:
+        if registry.implementation(self.name, device).name == "reference":
+            pytest.skip(
+                f"{self.name} has no kernel for {device} here: {registry.implementation(self.name, device).reason}"
+            )
+
+    def check_accuracy(self, args: tuple[Any, ...], roundings: int = 1) -> None:
+        """`roundings` above 1 is for tiny random tensors: there an error is a lottery, and torch draws 0 now and then."""
+        ref = self.ref()
+        assert_within_bound(results(self.op, args), results(ref, args), results(ref, args, torch.float64), roundings)
+
+    # One clause a test, below. Cases come from the subclass, so they loop inside: one id a clause, dtype and device.
+
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_error_is_at_most_twice_torchs(self, dtype: torch.dtype, device: str) -> None:
+        for case in self.cases:
+            self.check_accuracy(self.inputs(case, dtype, device))
+
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize("layout", ["strided", "transposed", "offset"])
+    def test_any_strides(self, layout: str, device: str) -> None:
+        for case in self.cases:
+            plain = self.inputs(case, torch.float32, device)
+            moved = self.inputs(case, torch.float32, device, layout)
+            assert same(results(self.op, plain), results(self.op, moved)), case
+
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_bitwise_the_same_every_time(self, device: str) -> None:
+        args = self.inputs(self.cases[-1], torch.float32, device)
+        first = results(self.op, args)
+        for _ in range(20):
+            assert same(first, results(self.op, args))
+
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_reads_no_memory_that_is_not_its_own(self, device: str) -> None:
+        """Freed blocks full of NaN are what the kernel's outputs and scratch come from: unwritten elements would show."""
+        for case in self.cases:
+            args = self.inputs(case, torch.float32, device)
+            want = results(self.op, args)
+            dirt = [torch.full_like(a, torch.nan) for a in args if isinstance(a, Tensor) for _ in range(8)]
+            del dirt
+            assert same(want, results(self.op, args)), case
+
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_opcheck(self, device: str) -> None:
+        self.kernel_or_skip(device)
+        for case in self.cases[:3]:
+            torch.library.opcheck(self.raw, self.inputs(case, torch.float32, device))
+
+    def test_gradcheck(self) -> None:
+        """Of the kernel itself, in float64, where it takes that; else of the reference that stands in for it."""
+        for case in self.cases[:3]:
+            args = self.inputs(case, torch.float64, "cpu")
+            torch.autograd.gradcheck(self.op, args, fast_mode=True)
+
+    @pytest.mark.parametrize("device", DEVICES)
+    @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+    def test_compiles_whole(self, backend: str, device: str) -> None:
+        if backend == "inductor" and not shutil.which("c++"):
+            pytest.skip("inductor needs a C++ compiler")
+        torch._dynamo.reset()
+        compiled = torch.compile(functools.partial(self.op), fullgraph=True, backend=backend)
+        for case in self.cases[:3]:
+            args = self.inputs(case, torch.float32, device)
+            ref = self.ref()
+            assert_within_bound(results(compiled, args), results(ref, args), results(ref, args, torch.float64))
+
+    def test_double_backward_says_that_it_is_not_there(self) -> None:
+        self.kernel_or_skip()
+        args = self.inputs(self.cases[0], torch.float32, "cpu")
+        wanted = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+        (first, *_) = torch.autograd.grad(self.op(*args).square().sum(), wanted, create_graph=True)
+        with pytest.raises(RuntimeError, match=f"{self.name}: double backward"):
+            first.sum().backward()
+        with ops.using("reference"):
+            (first, *_) = torch.autograd.grad(self.op(*args).square().sum(), wanted, create_graph=True)
+            first.sum().backward()
+
+    def test_reference_can_be_forced(self) -> None:
+        args = self.inputs(self.cases[0], torch.float32, "cpu")
+        with ops.using("reference"):
+            assert registry.implementation(self.name, "cpu").name == "reference"
+            assert same(results(self.op, args), results(self.ref(), args))
+
+    def test_bad_input_names_the_argument(self) -> None:
+        for error, words, make in self.bad_inputs:
+            with pytest.raises(error, match=words) as caught:
+                self.op(*make())
+            assert "\n" not in str(caught.value)
+            assert str(caught.value).startswith(f"{self.name}: ")

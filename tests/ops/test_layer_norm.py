@@ -1,0 +1,140 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import DTYPES, OpContract, assert_within_bound, results, rows
+
+from fastgpt import ops
+from fastgpt.ops import layer_norm_reference
+
+
+class TestLayerNorm(OpContract):
+    name = "layer_norm"
+    reference = staticmethod(layer_norm_reference)
+    # Odd widths and row counts around vector and block sizes, one element, no rows, three dimensions, GPT-2's own.
+    cases = [
+        (3, 5),
+        (2, 3, 8),
+        (1, 1),
+        (0, 16),
+        (2, 0, 7),
+        (7,),
+        (1, 769),
+        (63, 64),
+        (65, 127),
+        (129, 129),
+        (130, 1000),
+        (5, 3072),
+        (64, 768),
+    ]
+
+    def inputs(self, case, dtype, device, layout="contiguous", seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def make(*shape, scale=1.0, shift=0.0):
+            t = (torch.randn(shape, generator=generator) * scale + shift).to(dtype).to(device)
+            return rows(t, layout).requires_grad_()
+
+        return make(*case, shift=0.5), make(case[-1], scale=0.2, shift=1.0), make(case[-1], scale=0.2), 1e-5
+
+    bad_inputs = [
+        (TypeError, "x must be a tensor, got list", lambda: ([1.0], torch.ones(1), torch.ones(1))),
+        (
+            TypeError,
+            "x must be float32.*got torch.int64",
+            lambda: (torch.ones(2, 3).long(), torch.ones(3), torch.ones(3)),
+        ),
+        (
+            TypeError,
+            "weight must have x's dtype",
+            lambda: (torch.ones(2, 3), torch.ones(3).half(), torch.ones(3).half()),
+        ),
+        (
+            TypeError,
+            "bias must have weight's dtype",
+            lambda: (torch.ones(2, 3), torch.ones(3), torch.ones(3).half()),
+        ),
+        (
+            ValueError,
+            r"weight must have shape \(3,\).*got \(4,\)",
+            lambda: (torch.ones(2, 3), torch.ones(4), torch.ones(3)),
+        ),
+        (
+            ValueError,
+            r"bias must have shape \(3,\).*got \(1, 3\)",
+            lambda: (torch.ones(2, 3), torch.ones(3), torch.ones(1, 3)),
+        ),
+        (
+            ValueError,
+            r"at least 1, got shape \(2, 0\)",
+            lambda: (torch.ones(2, 0), torch.ones(0), torch.ones(0)),
+        ),
+        (ValueError, r"at least 1, got shape \(\)", lambda: (torch.ones(()), torch.ones(1), torch.ones(1))),
+        (
+            ValueError,
+            "eps must be at least 0",
+            lambda: (torch.ones(2, 3), torch.ones(3), torch.ones(3), -1.0),
+        ),
+        (
+            ValueError,
+            "eps must be at least 0",
+            lambda: (torch.ones(2, 3), torch.ones(3), torch.ones(3), float("nan")),
+        ),
+        (
+            ValueError,
+            "weight is on meta",
+            lambda: (torch.ones(2, 3), torch.ones(3, device="meta"), torch.ones(3)),
+        ),
+    ]
+
+    @given(
+        batch=st.integers(0, 9),
+        width=st.integers(1, 300),
+        dtype=st.sampled_from(DTYPES),
+        layout=st.sampled_from(["contiguous", "strided", "transposed", "offset"]),
+        seed=st.integers(0, 2**16),
+    )
+    @settings(max_examples=60, deadline=None)
+    def test_random_shapes(self, batch, width, dtype, layout, seed):
+        self.check_accuracy(self.inputs((batch, width), dtype, "cpu", layout, seed), roundings=16)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_16_bit_rows_with_fp32_parameters(self, dtype):
+        x, _, _, eps = self.inputs((33, 100), dtype, "cpu")
+        _, weight, bias, _ = self.inputs((33, 100), torch.float32, "cpu")
+        args = (x, weight, bias, eps)
+        ref = layer_norm_reference
+        ours = results(ops.layer_norm, args)
+        assert ours["output"].dtype == dtype
+        assert ours["gradient of argument 1"].dtype == torch.float32
+        assert_within_bound(ours, results(ref, args), results(ref, args, torch.float64))
+
+    def test_a_large_mean_does_not_cancel(self):
+        """E[x^2] - E[x]^2 would lose everything here: mean 1000, deviation 0.01; 769 columns, so padded lanes would show."""
+        x = (torch.randn(4, 769, generator=torch.Generator().manual_seed(0)) * 0.01 + 1000).requires_grad_()
+        self.check_accuracy((x, torch.ones(769, requires_grad=True), torch.zeros(769, requires_grad=True), 1e-5))
+
+    def test_constant_rows_give_the_bias(self):
+        y = ops.layer_norm(torch.full((2, 6), 3.0), torch.ones(6), torch.arange(6.0))
+        assert torch.equal(y, torch.arange(6.0).expand(2, 6))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_nan_and_infinity_pass_through_as_nan(self, dtype):
+        x = torch.ones(3, 8, dtype=dtype)
+        x[0, 1], x[1, 2] = torch.nan, torch.inf
+        y = ops.layer_norm(x, torch.ones(8, dtype=dtype), torch.zeros(8, dtype=dtype))
+        assert y[:2].isnan().all()
+        assert y[2].isfinite().all()
+
+    def test_many_rows_are_split_over_threads(self):
+        self.check_accuracy(self.inputs((1031, 257), torch.float32, "cpu"))
+
+    def test_direct_calls_with_wrong_shapes_do_not_crash(self):
+        self.kernel_or_skip()
+        one = torch.ones
+        with pytest.raises(RuntimeError, match="weight must be 1-D"):
+            torch.ops.fastgpt.layer_norm(one(2, 3), one(2), one(3), 1e-5)
+        with pytest.raises(RuntimeError, match="mean and rstd"):
+            torch.ops.fastgpt.layer_norm_backward(one(2, 3), one(2, 3), one(3), one(1), one(1))
+        with pytest.raises(RuntimeError, match="dy must have"):
+            torch.ops.fastgpt.layer_norm_backward(one(1, 3), one(2, 3), one(3), one(2), one(2))
