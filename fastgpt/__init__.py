@@ -21,7 +21,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use: `fastgpt --help` need not wait for torch, nor someone who wants only `fastgpt.ops` for the rest.
+    # On first use: `fastgpt --help` need not wait for torch, nor someone who wants only `fastgpt.ops` for the rest.
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     if name in ("ops", "train"):

@@ -51,8 +51,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         eps: added to the variance; at least 0.
 
     Returns:
-        (..., C), contiguous, of x's dtype. Differentiable once in x, weight and bias; sums are in fp32 (fp64 for float64)
-        and bitwise the same from run to run for a given number of threads.
+        (..., C), contiguous, of x's dtype. Differentiable once in x, weight and bias; sums are in fp32 (fp64 for
+        float64) and bitwise the same from run to run for a given number of threads.
 
     Raises:
         TypeError: an argument is no tensor or its dtype is not one of the above.

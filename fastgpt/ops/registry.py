@@ -1,8 +1,8 @@
 """Which implementation each op takes on each device, and why.
 
 An op has one accelerated implementation per device type, registered with torch's dispatcher, and one plain-torch
-reference. The kernel is taken wherever it is there; otherwise the reference is. `using("reference")` and the environment
-variable `FASTGPT_OPS=reference` force the reference, to compare and to debug.
+reference. The kernel is taken wherever it is there; otherwise the reference is. `using("reference")` and the
+environment variable `FASTGPT_OPS=reference` force the reference, to compare and to debug.
 """
 
 import os
@@ -50,7 +50,7 @@ _present: set[tuple[str, str]] = set()  # (op, device type) whose kernel is real
 
 
 def register(op: str, *, cpu: str, cuda: str) -> None:
-    """Called once by each op's file, after it defined its schema; `cpu` and `cuda` name the kind of kernel it has there."""
+    """Called once by each op's file, after its schema; `cpu` and `cuda` name the kind of kernel it has there."""
     _kernels[op] = {"cpu": cpu, "cuda": cuda}
     for device in DEVICE_TYPES:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgpt::{op}", device.upper()):
@@ -86,7 +86,7 @@ def implementations() -> list[Implementation]:
 
 @contextmanager
 def using(mode: Mode) -> Iterator[None]:
-    """Within it, ops take their reference (`"reference"`) or their usual choice (`"auto"`); holds for the whole process."""
+    """Within it, ops take their reference (`"reference"`) or their usual choice (`"auto"`), in the whole process."""
     global _mode
     if mode not in ("auto", "reference"):
         raise ValueError(f'using: mode must be "auto" or "reference", got {mode!r}')

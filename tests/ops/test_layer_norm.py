@@ -110,7 +110,7 @@ class TestLayerNorm(OpContract):
         assert_within_bound(ours, results(ref, args), results(ref, args, torch.float64))
 
     def test_a_large_mean_does_not_cancel(self):
-        """E[x^2] - E[x]^2 would lose everything here: mean 1000, deviation 0.01; 769 columns, so padded lanes would show."""
+        """E[x^2] - E[x]^2 would lose everything: mean 1000, deviation 0.01; 769 columns, so padded lanes would show."""
         x = (torch.randn(4, 769, generator=torch.Generator().manual_seed(0)) * 0.01 + 1000).requires_grad_()
         self.check_accuracy((x, torch.ones(769, requires_grad=True), torch.zeros(769, requires_grad=True), 1e-5))
 

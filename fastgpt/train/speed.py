@@ -1,0 +1,60 @@
+"""How fast this machine multiplies matrices: what `--precision auto` and MFU are decided by."""
+
+import time
+
+import torch
+import torch.nn.functional as F
+
+# Dense bf16 matmul rates of NVIDIA's data sheets, FLOP/s, by a part of the device's name; the first that fits counts.
+DATA_SHEET = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}
+
+
+def _seconds(device: torch.device, x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype, budget: float) -> float:
+    """Median time of x @ w.T in `dtype`, the casts from fp32 included, as autocast makes them."""
+    times: list[float] = []
+    end = time.perf_counter() + budget
+    while len(times) < 4 or time.perf_counter() < end:
+        start = time.perf_counter()
+        F.linear(x.to(dtype), w.to(dtype))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[len(times[1:]) // 2]
+
+
+@torch.no_grad()
+def faster_precision(device: torch.device, rows: int, width: int) -> str:
+    """"bf16" where autocast multiplies (rows, width) x (width, 4 * width) at least 1.1x as fast as fp32, else "fp32".
+
+    Measured, because it cannot be told from the name: bf16 is slower than fp32 on many CPUs without AMX.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    x = torch.randn(min(rows, 4096), width, device=device)
+    w = torch.randn(4 * width, width, device=device)
+    fp32 = _seconds(device, x, w, torch.float32, 0.1)
+    bf16 = _seconds(device, x, w, torch.bfloat16, 0.1)
+    return "bf16" if fp32 > 1.1 * bf16 else "fp32"
+
+
+@torch.no_grad()
+def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """The rate that MFU is a share of, FLOP/s, and where it comes from: the data sheet, or a matmul measured now."""
+    if device.type == "cuda" and precision == "bf16":
+        name = torch.cuda.get_device_name(device)
+        for part, rate in DATA_SHEET.items():
+            if part in name:
+                return rate, f"{part} data sheet"
+    n = 4096 if device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / _seconds(device, a, b, dtype, 0.2), f"measured {n}x{n} {precision} matmul"
