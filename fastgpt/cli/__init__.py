@@ -4,10 +4,14 @@ One file a subcommand. Each is a function with typed parameters; tyro makes the 
 """
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
-from typing import NoReturn
+from inspect import signature
+from typing import NoReturn, TypeVar
 
 from fastgpt.errors import UserError
+
+T = TypeVar("T")
 
 # subcommand -> (where its function is, what it does). Imported on use only: `fastgpt --help` need not wait for torch.
 COMMANDS = {
@@ -55,15 +59,19 @@ def run(argv: list[str]) -> None:
         raise UserError(f"no command `{' '.join(argv[:2])}`: {hint}")
     module, function = COMMANDS[name][0].split(":")
     command = getattr(import_module(f"fastgpt.cli.{module}"), function)
+    args = argv[len(name.split()) :]
+    if list(signature(command).parameters) == ["argv"]:  # parses for itself: its defaults depend on its arguments
+        command(args)
+    else:
+        parse(command, name, args)
 
+
+def parse(target: Callable[..., T], name: str, args: list[str], default: T | None = None) -> T:
+    """Calls `target` (a function or a dataclass) with the options in `args`; `default` is an instance to start from."""
     import tyro
 
-    tyro.cli(
-        command,
-        prog=f"fastgpt {name}",
-        args=argv[len(name.split()) :],
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    start = {} if default is None else {"default": default}
+    return tyro.cli(target, prog=f"fastgpt {name}", args=args, config=(tyro.conf.OmitArgPrefixes,), **start)  # type: ignore[call-overload]
 
 
 def main() -> None:

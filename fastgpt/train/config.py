@@ -1,5 +1,6 @@
 """All that a training run is made from, in one place: the command line is made from it and the run folder keeps it."""
 
+import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,8 @@ class TrainConfig:
     """Forward passes in one optimizer step."""
     max_steps: int = 1000
     """Optimizer steps of the whole run."""
+    minutes: float | None = None
+    """Instead of --max-steps: as many steps as take this long here, which is measured first."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float | None = None
@@ -75,7 +78,7 @@ class TrainConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"{option(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "grad_clip", "min_lr", "warmup_steps"):
+        for name in ("lr", "weight_decay", "grad_clip", "min_lr", "warmup_steps", "minutes"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise UserError(f"{option(name)} must be at least 0, got {value}")
@@ -86,41 +89,49 @@ class TrainConfig:
             raise UserError(f"--block-size must be at least 1, got {self.block_size}")
 
     def to_json(self) -> dict[str, Any]:
-        """As the run folder keeps it; `from_json` reads it back. `resume` is of a call, not of a run."""
+        """As the run folder keeps it; `load` reads it back. `resume` is of a call, not of a run."""
         values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
         del values["resume"]
         return values
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
-        known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in values.items() if k in known})
+    def load(cls, run: Path) -> "TrainConfig":
+        """The config of a run folder."""
+        path = Path(run) / "config.json"
+        try:
+            values = json.loads(path.read_text())
+            return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+        except FileNotFoundError:
+            raise UserError(f"{run} holds no run (no config.json): leave --resume out to start one there") from None
+        except (ValueError, TypeError):
+            raise UserError(f"{path} is damaged: it is no run's config; restore it or start a new run") from None
 
 
-# What may differ between the calls of one run without changing what came before.
-CHANGEABLE = {"out", "max_steps", "eval_interval", "eval_batches", "save_interval", "keep", "resume", "data", "device"}
+# What may differ between the calls of one run: it changes nothing of the steps that were made already.
+CHANGEABLE = {
+    "out",
+    "data",
+    "resume",
+    "device",
+    "max_steps",
+    "minutes",
+    "eval_interval",
+    "eval_batches",
+    "save_interval",
+    "keep",
+}
 
 
 def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def merge_resumed(saved: TrainConfig, given: TrainConfig) -> TrainConfig:
-    """The run's own config with what this call changes of it; refuses a change that would make it another run.
-
-    An option left at its default was not given: the run's own value holds.
-    """
-    default = TrainConfig(out=given.out)
-    values = saved.to_json()
+def check_same_run(saved: TrainConfig, given: TrainConfig) -> None:
+    """Refuses to resume a run with a config that would make it another run."""
     for f in fields(TrainConfig):
-        value = getattr(given, f.name)
-        if value == getattr(default, f.name) or value == getattr(saved, f.name):
-            continue
-        if f.name not in CHANGEABLE:
+        was, now = getattr(saved, f.name), getattr(given, f.name)
+        if was != now and f.name not in CHANGEABLE:
             raise UserError(
-                f"{option(f.name)} {value} differs from the run's own {getattr(saved, f.name)}: "
+                f"{option(f.name)} {now} differs from the run's own {was}: "
                 f"leave it out to resume {given.out}, or start a new run with another --out"
             )
-        values[f.name] = value
-    values["out"] = given.out
-    return TrainConfig.from_json(values)

@@ -33,7 +33,7 @@ def _seconds(device: torch.device, x: torch.Tensor, w: torch.Tensor, dtype: torc
 
 @torch.no_grad()
 def faster_precision(device: torch.device, rows: int, width: int) -> str:
-    """"bf16" where autocast multiplies (rows, width) x (width, 4 * width) at least 1.1x as fast as fp32, else "fp32".
+    """ "bf16" where autocast multiplies (rows, width) x (width, 4 * width) at least 1.1x as fast as fp32, else "fp32".
 
     Measured, because it cannot be told from the name: bf16 is slower than fp32 on many CPUs without AMX.
     """
