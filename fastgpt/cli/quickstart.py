@@ -51,10 +51,8 @@ def quickstart(*, minutes: float = 2.0, seed: int = 0, out: Path | None = None) 
     step("5. Let it speak",
          "generate", "--model", str(out), "--prompt", "def ", "--max-new-tokens", "100", "--num-samples", "3",
          "--seed", str(seed))  # fmt: skip
-    console.print(
-        f"\nAll of it took {(time.monotonic() - started) / 60:.1f} minutes and is in {out}/: the loss is drawn in"
-    )
-    console.print(f"{out}/loss.png, and {out}/checkpoints/ is a Hugging Face GPT-2 folder. Try next:")
+    console.print(f"\nAll of it took {(time.monotonic() - started) / 60:.1f} minutes and is in {out}/.")
+    console.print("loss.png draws the loss; each folder in checkpoints/ opens in transformers as it is. Try next:")
     for command in (
         ["generate", "--model", str(out), "--prompt", "import ", "--temperature", "0.5"],
         ["tokenizer", "show", "--tokenizer", tokenizer, "def main(argv: list[str]) -> None:"],

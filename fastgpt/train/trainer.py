@@ -1,8 +1,8 @@
 """The training loop: shards in, a run folder out.
 
-A step is: `grad_accum` forward and backward passes, one clipped AdamW update at the cosine's rate. A run is a function of
-its config alone: killed anywhere and resumed on the same machine, it goes on to the same losses bit for bit, because a
-checkpoint holds the weights, both moments, the position in the data and every random state that a step reads.
+A step is: `grad_accum` forward and backward passes, one clipped AdamW update at the cosine's rate. A run is a function
+of its config alone: killed anywhere and resumed on the same machine, it goes on to the same losses bit for bit, because
+a checkpoint holds the weights, both moments, the position in the data and every random state that a step reads.
 """
 
 import copy
@@ -278,8 +278,8 @@ class Trainer:
         self.model.train()
         with RunLog(c.out, self.step, c.max_steps) as log, _signals() as signals:
             log.say(
-                f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide: {model.num_parameters():,} parameters; "
-                f"{tokens_per_step:,} tokens a step, {c.precision} on {self.device}"
+                f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
+                f"{model.num_parameters():,} parameters; {tokens_per_step:,} tokens a step, {c.precision} on {self.device}"
             )
             if self.step:
                 log.say(f"resumed from {c.out / 'checkpoints' / f'step_{self.step}'}")
@@ -350,5 +350,6 @@ def train(config: TrainConfig) -> TrainResult:
         return Trainer(config).run()
     except OSError as error:  # checkpoints say it themselves; this is for metrics.jsonl, log.txt and the like
         raise UserError(
-            f"{error.filename or config.out}: {error.strerror}: mend that, then go on with --resume; checkpoints are safe"
+            f"{error.filename or config.out}: {error.strerror}: mend that, then go on with --resume; "
+            "checkpoints are safe"
         ) from None
