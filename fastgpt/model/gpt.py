@@ -1,0 +1,244 @@
+"""GPT-2 (Radford et al. 2019), on fastgpt's ops.
+
+    x = wte[ids] + wpe[positions]
+    for each block:  x = x + attention(ln_1(x));  x = x + mlp(ln_2(x))
+    logits = ln_f(x) @ wte.T
+
+Names are those of Hugging Face's GPT-2, so that a state dict's keys are the files' keys. Shapes: B sequences, T tokens,
+C = n_embd, H heads of D = C / H, V = vocab_size.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt import ops
+from fastgpt.model.config import GPTConfig
+from fastgpt.model.kv_cache import KVCache
+
+
+class LayerNorm(nn.Module):
+    """`ops.layer_norm` with its two parameters."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.attn_pdrop = config.attn_pdrop
+        self.n_head = config.n_head
+        self.layer = layer
+
+    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each, views of one tensor
+        dropout = self.attn_pdrop if self.training else 0.0
+        if cache is None or cache.length == 0:
+            if cache is not None:
+                cache.append(self.layer, k, v)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        else:
+            k, v = cache.append(self.layer, k, v)
+            mask = None
+            if T > 1:  # new token i sees the cached ones and the new ones up to itself
+                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """All of it but the classifier."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+
+    def forward(self, ids: Tensor, cache: KVCache | None) -> Tensor:
+        start = cache.length if cache is not None else 0
+        positions = torch.arange(start, start + ids.size(1), device=ids.device)
+        x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
+        for block in self.h:
+            x = block(x, cache)
+        if cache is not None:
+            cache.advance(ids.size(1))
+        return self.ln_f(x)
+
+
+class GPT(nn.Module):
+    """GPT-2 of any size.
+
+    `GPT(GPTConfig.preset("gpt2"))` has random weights, by GPT-2's rule; `GPT.from_pretrained(folder)` loads them.
+
+    Inside, the vocabulary is padded to a multiple of 64; the padding is never seen, learnt or saved.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self._initialize()
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """Normal of deviation 0.02; each projection into the residual stream less, by 1/sqrt of how many there are."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                deviation = 0.02
+                if name.endswith("c_proj"):
+                    deviation /= math.sqrt(2 * self.config.n_layer)
+                nn.init.normal_(module.weight, std=deviation)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        self.transformer.wte.weight[self.config.vocab_size :] = 0
+        if not self.config.tie_word_embeddings:
+            self.lm_head.weight[self.config.vocab_size :] = 0
+
+    @property
+    def classifier(self) -> Tensor:
+        """The weight that turns hidden states into logits: (padded V, C)."""
+        return self.transformer.wte.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
+        """Logits of the next token at each position.
+
+        Args:
+            ids: (B, T) int64, each in [0, vocab_size); with a cache, the tokens that follow those it has seen.
+            cache: keys and values of the tokens before, which is extended by these.
+            last_only: only the last position's logits, which is all that generating needs.
+
+        Returns:
+            (B, T, vocab_size), or (B, 1, vocab_size) with `last_only`.
+
+        Raises:
+            TypeError, ValueError: `ids` has another dtype or shape, an id outside the vocabulary (checked on a CPU,
+                where it costs nothing), or more tokens than n_positions.
+        """
+        self._check(ids, cache.length if cache is not None else 0)
+        hidden = self.transformer(ids, cache)  # (B, T, C)
+        if last_only:
+            hidden = hidden[:, -1:]
+        return F.linear(hidden, self.classifier)[..., : self.config.vocab_size]
+
+    def loss(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """Cross-entropy of `targets` (B, T), in nats; targets of -100 count for nothing.
+
+        Args:
+            reduction: "mean" over the targets that count, "sum", or "none" for (B, T).
+        """
+        self._check(ids, 0)
+        if targets.shape != ids.shape:
+            raise ValueError(f"targets must have the shape of ids {tuple(ids.shape)}, got {tuple(targets.shape)}")
+        hidden = self.transformer(ids, None)  # (B, T, C)
+        logits = F.linear(hidden, self.classifier).flatten(0, 1).float()  # (B * T, padded V)
+        if self.config.padded_vocab_size > self.config.vocab_size:
+            padding = torch.arange(logits.size(1), device=logits.device) >= self.config.vocab_size
+            logits = logits.masked_fill(padding, -torch.inf)
+        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction=reduction)
+        return loss.view(targets.shape) if reduction == "none" else loss
+
+    def _check(self, ids: Tensor, start: int) -> None:
+        if ids.dtype != torch.int64:
+            raise TypeError(f"ids must be int64, got {ids.dtype}")
+        if ids.dim() != 2:
+            raise ValueError(f"ids must have shape (B, T), got {tuple(ids.shape)}")
+        if start + ids.size(1) > self.config.n_positions:
+            raise ValueError(
+                f"ids has {start + ids.size(1)} tokens, the model has n_positions={self.config.n_positions}"
+            )
+        # On a GPU the check would make the host wait for it; there the embedding's own assertion catches it.
+        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+            low, high = ids.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                bad = int(low if low < 0 else high)
+                raise ValueError(f"ids holds {bad}, the vocabulary has {self.config.vocab_size} ids from 0")
+
+    def set_dropout(self, p: float) -> None:
+        """Sets every dropout of the model to `p`, as for fine-tuning a model that was trained with another."""
+        self.config = GPTConfig(**{**vars(self.config), "resid_pdrop": p, "embd_pdrop": p, "attn_pdrop": p})
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = p
+            if isinstance(module, Attention):
+                module.attn_pdrop = p
+
+    def generate(self, ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """`fastgpt.generate.generate` with this model: (B, T) ids in, (B, T + new) ids out."""
+        from fastgpt.generate import generate
+
+        return generate(self, ids, max_new_tokens, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> "GPT":
+        """Loads a Hugging Face GPT-2 folder, or a model of that kind from the hub by its id, in eval mode.
+
+        Args:
+            path: folder with config.json and model.safetensors or pytorch_model.bin (sharded or not), or a hub id.
+            dtype: of the weights; float32 if not given, whatever the file holds.
+
+        Raises:
+            UserError: something is missing, damaged or of another shape; names the file or the tensor and both shapes.
+        """
+        from fastgpt.model.hub import load_pretrained
+
+        return load_pretrained(cls, path).to(device=device, dtype=dtype or torch.float32).eval()
+
+    def save_pretrained(self, folder: str | Path, eos_token_id: int | None = None) -> None:
+        """Writes config.json and model.safetensors as transformers reads them; each file appears whole or not at all.
+
+        Args:
+            eos_token_id: the tokenizer's end-of-text id, for config.json, where transformers' `generate` looks.
+        """
+        from fastgpt.model.hub import save_pretrained
+
+        save_pretrained(self, Path(folder), eos_token_id)
