@@ -12,6 +12,7 @@ made stale are passed over when they come up.
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 import regex
 
@@ -46,7 +47,7 @@ def train_merges(
     pair_count: dict[Pair, int] = defaultdict(int)
     pair_words: dict[Pair, set[int]] = defaultdict(set)
     for i, ids in enumerate(spelled):
-        for pair in zip(ids, ids[1:], strict=False):
+        for pair in pairwise(ids):
             pair_count[pair] += counts[i]
             pair_words[pair].add(i)
     heap = [(-count, pair) for pair, count in pair_count.items()]
@@ -65,10 +66,10 @@ def train_merges(
             new = _merge(old, pair, new_id)
             if len(new) == len(old):
                 continue  # an earlier merge has taken the pair out of this word
-            for p in zip(old, old[1:], strict=False):
+            for p in pairwise(old):
                 pair_count[p] -= counts[i]
                 changed.add(p)
-            for p in zip(new, new[1:], strict=False):
+            for p in pairwise(new):
                 pair_count[p] += counts[i]
                 pair_words[p].add(i)
                 changed.add(p)

@@ -1,8 +1,7 @@
 """Sampling: turns a model and a prompt into more tokens.
 
-At each step, with logits z over the vocabulary: divide by the temperature, keep the `top_k` largest, keep the fewest whose
-probabilities sum to at least `top_p` (nucleus sampling: Holtzman et al. 2020, arXiv:1904.09751), and draw from what
-is left.
+At each step: divide the logits by the temperature, keep the `top_k` largest, keep the fewest whose probabilities sum to
+at least `top_p` (nucleus sampling: Holtzman et al. 2020, arXiv:1904.09751), and draw from what is left.
 """
 
 from collections.abc import Iterator

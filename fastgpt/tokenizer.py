@@ -1,7 +1,11 @@
 """Byte-level BPE tokenizers: trained here, GPT-2's own, or any Hugging Face `tokenizer.json` of the kind.
 
-tiktoken does the encoding, from our merges. It wants token numbers ("ranks") in the order of the merges; a file may give
-the ids in another order, so ranks and ids are kept apart where they differ.
+tiktoken does the encoding, from our merges. It wants token numbers ("ranks") in the order of the merges; a file may
+give the ids in another order, so ranks and ids are kept apart where they differ.
+
+tiktoken merges any two neighbours that spell a token; Hugging Face only the pair that the merge names. For merges that
+a BPE was trained to, these are the same: a stretch of text between two boundaries that no merge has crossed evolves as
+if it stood alone, so wherever the token's bytes stand between boundaries they stand as the same two parts.
 """
 
 import codecs
@@ -248,7 +252,7 @@ class Tokenizer:
         return _build(cls, model["vocab"], model["merges"], specials, _split_pattern(content, path), path)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens with the same ids."""
+        """Writes tokenizer.json and tokenizer_config.json; transformers' AutoTokenizer then gives the same ids."""
         folder = Path(folder)
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         pre_tokenizer: dict[str, Any] = byte_level
@@ -256,12 +260,13 @@ class Tokenizer:
             split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
             pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, {**byte_level, "use_regex": False}]}
         vocab = {_spell(token): i for token, i in self.vocab.items()} | self.special_tokens
+        specials = sorted(self.special_tokens.items(), key=lambda item: item[1])
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         content = {
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "added_tokens": [{"id": i, "content": s, **flags} for s, i in sorted(self.special_tokens.items())],
+            "added_tokens": [{"id": i, "content": s, **flags} for s, i in specials],
             "normalizer": None,
             "pre_tokenizer": pre_tokenizer,
             "post_processor": None,
@@ -278,7 +283,6 @@ class Tokenizer:
                 "merges": [f"{_spell(left)} {_spell(right)}" for left, right in self.merges],
             },
         }
-        content["added_tokens"].sort(key=lambda token: token["id"])
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if self.eot_id is not None:
             end = self.token_bytes(self.eot_id).decode()

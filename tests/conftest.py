@@ -18,7 +18,11 @@ def pytest_collection_modifyitems(items):
 def story(seed: int, sentences: int = 400) -> str:
     """Made-up text with something to learn in it."""
     rng = random.Random(seed)
-    names, verbs, things = ["Ada", "Bo", "Cy", "Dee"], ["sees", "likes", "finds", "hides"], ["a cat", "the sea", "two hats"]
+    names, verbs, things = (
+        ["Ada", "Bo", "Cy", "Dee"],
+        ["sees", "likes", "finds", "hides"],
+        ["a cat", "the sea", "two hats"],
+    )
     return "".join(f"{rng.choice(names)} {rng.choice(verbs)} {rng.choice(things)}.\n" for _ in range(sentences))
 
 

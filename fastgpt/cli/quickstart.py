@@ -43,7 +43,7 @@ def quickstart(*, minutes: float = 2.0, seed: int = 0, out: Path | None = None) 
     tokenizer, data = str(out / "tokenizer"), str(out / "data")
     size = GPU if torch.cuda.is_available() else CPU
     step("1. Train a tokenizer", "tokenizer", "train", *text, "--vocab-size", "4096", "--out", tokenizer)
-    step("2. Turn the text into token shards",
+    step("2. Turn the text into shards of tokens",
          "data", "prepare", *text, "--tokenizer", tokenizer, "--seed", str(seed), "--out", data)  # fmt: skip
     step("3. Train a GPT on them",
          "train", "--data", data, *size, "--minutes", f"{minutes:g}", "--seed", str(seed), "--out", str(out))  # fmt: skip

@@ -80,13 +80,13 @@ def _divide(documents: Iterable[Document], val_fraction: float, seed: int) -> It
     to train; of a single document the last `val_fraction` becomes val, cut behind a line end if one is near.
     """
     held: list[str] = []
+    seen: set[bool] = set()
     size = 0
     rest = iter(documents)
     for document in rest:
         held.append(document.text)
+        seen.add(_place(document.text, seed) < val_fraction)
         size += len(document.text)
-        sides = {_place(text, seed) < val_fraction for text in (held if len(held) < 3 else held[-1:])}
-        seen = sides if len(held) < 3 else seen | sides
         if len(seen) == 2 or size > HELD_BACK:
             break
     else:
@@ -165,7 +165,7 @@ def prepare(
                 if progress:
                     progress(done)
         write(batch)
-        meta = {
+        meta: dict[str, Any] = {
             "format": FORMAT,
             "dtype": "uint16" if dtype == "<u2" else "uint32",
             "vocab_size": tokenizer.vocab_size,
@@ -200,7 +200,8 @@ class TokenDataset:
                 raise UserError(f"the shard {path} is missing: prepare the data again")
             if path.stat().st_size != want:
                 raise UserError(
-                    f"the shard {path} has {path.stat().st_size:,} bytes, meta.json says {want:,}: prepare the data again"
+                    f"the shard {path} has {path.stat().st_size:,} bytes, meta.json says {want:,}: "
+                    "prepare the data again"
                 )
             self._maps.append(np.memmap(path, self.dtype, "r"))
 

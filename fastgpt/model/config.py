@@ -58,7 +58,7 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding inside the model: the next multiple of 64, which matrix kernels like; never seen outside."""
+        """Rows of the embedding inside the model: the next multiple of 64, which matrix kernels like."""
         return -(-self.vocab_size // 64) * 64
 
     def num_parameters(self) -> int:

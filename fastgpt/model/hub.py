@@ -1,7 +1,7 @@
 """Hugging Face GPT-2 folders, read and written: config.json and model.safetensors, in their names and layouts.
 
-HF keeps the four projections of a block as (in, out) ("Conv1D"); ours are nn.Linear's (out, in), so those are transposed
-on the way in and out, and the vocabulary's padding rows are added and removed.
+HF keeps the four projections of a block as (in, out) ("Conv1D"); ours are nn.Linear's (out, in), so those are
+transposed on the way in and out, and the vocabulary's padding rows are added and removed.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Checkpoints: `checkpoints/step_<n>/` is a model folder (what transformers opens) plus `training_state/`.
 
 One is written whole under another name, fsynced and renamed, so a kill at any moment leaves the last good one. Which
-one is the newest is found by looking; nothing points at it that could be wrong. `training_state/manifest.json` holds the size
-and SHA-256 of every other file, so a damaged checkpoint is told from a good one before it is loaded.
+one is the newest is found by looking; nothing points at it that could be wrong. `training_state/manifest.json` holds
+the size and SHA-256 of every other file, so a damaged checkpoint is told from a good one before it is loaded.
 """
 
 import json

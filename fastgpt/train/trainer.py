@@ -160,9 +160,7 @@ class Trainer:
             sizes["n_positions"] = config.block_size
             given = {k: v for k, v in sizes.items() if v is not None}
             try:
-                return GPT(
-                    GPTConfig.preset(config.preset, vocab_size=self.tokenizer.vocab_size, **given, **dropout)  # type: ignore[arg-type]
-                )
+                return GPT(GPTConfig.preset(config.preset, vocab_size=self.tokenizer.vocab_size, **given, **dropout))
             except ValueError as error:
                 raise UserError(f"the model cannot be built: {error}") from None
         model = GPT.from_pretrained(start)
@@ -279,7 +277,8 @@ class Trainer:
         with RunLog(c.out, self.step, c.max_steps) as log, _signals() as signals:
             log.say(
                 f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
-                f"{model.num_parameters():,} parameters; {tokens_per_step:,} tokens a step, {c.precision} on {self.device}"
+                f"{model.num_parameters():,} parameters; "
+                f"{tokens_per_step:,} tokens a step, {c.precision} on {self.device}"
             )
             if self.step:
                 log.say(f"resumed from {c.out / 'checkpoints' / f'step_{self.step}'}")

@@ -17,7 +17,17 @@ SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 def test_compiles_without_spills(source, tmp_path):
     include = Path(torch.__file__).parent / "include"
     archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ("80", "90a", "100")]
-    flags = "-c -std=c++20 -O3 -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 --threads 2 -Xptxas -v".split()
+    flags = [
+        "-c",
+        "-std=c++20",
+        "-O3",
+        "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        "--threads",
+        "2",
+        "-Xptxas",
+        "-v",
+    ]
     command = ["nvcc", *flags, f"-I{include}", f"-I{ROOT / 'csrc/common'}", *archs, source, "-o", tmp_path / "out.o"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

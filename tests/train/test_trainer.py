@@ -9,7 +9,14 @@ import torch
 from fastgpt.errors import UserError
 from fastgpt.train import TrainConfig, Trainer, checkpoint, metrics, train
 
-SMALL = {"preset": "micro", "batch_size": 4, "block_size": 32, "eval_interval": 4, "eval_batches": 2, "save_interval": 3}
+SMALL = {
+    "preset": "micro",
+    "batch_size": 4,
+    "block_size": 32,
+    "eval_interval": 4,
+    "eval_batches": 2,
+    "save_interval": 3,
+}
 SMALL |= {"max_steps": 10, "lr": 3e-3, "precision": "fp32", "device": "cpu"}
 
 
@@ -45,7 +52,13 @@ def test_learns_and_writes_the_run_folder(shards, tmp_path):
     assert result.step == 60
     assert result.signal is None
     assert result.first_val_loss - result.val_loss > 1.5
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoints", "config.json", "log.txt", "loss.png", "metrics.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "log.txt",
+        "loss.png",
+        "metrics.jsonl",
+    ]
     assert list(checkpoint.steps(out)) == [50, 60]
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     records = metrics.read_metrics(out / "metrics.jsonl")
@@ -277,7 +290,9 @@ def test_a_model_with_another_tokenizer_is_refused(shards, corpus, tmp_path, ref
     prepare(read_documents([corpus]), other, tmp_path / "data2", val_fraction=0.2)
     line = refused("train", "--data", tmp_path / "data2", "--out", tmp_path / "b", "--init-from", trained.checkpoint)
     assert "prepare the data again" in line
-    assert "prepared with another tokenizer" in refused("eval", "--model", tmp_path / "run", "--data", tmp_path / "data2")
+    assert "prepared with another tokenizer" in refused(
+        "eval", "--model", tmp_path / "run", "--data", tmp_path / "data2"
+    )
 
 
 def test_a_loss_that_is_nan_stops_and_names_the_last_checkpoint(shards, tmp_path, monkeypatch):
