@@ -40,17 +40,35 @@ def quickstart(*, minutes: float = 2.0, seed: int = 0, out: Path | None = None) 
 
     stdlib = sysconfig.get_path("stdlib")
     text = ["--input", stdlib, "--include", "*.py", "--exclude", "test,tests,idlelib,lib2to3", "--on-error", "skip"]
-    tokenizer, data = str(out / "tokenizer"), str(out / "data")
+    tokenizer, data, seeded = str(out / "tokenizer"), str(out / "data"), ["--seed", str(seed)]
     size = GPU if torch.cuda.is_available() else CPU
     step("1. Train a tokenizer", "tokenizer", "train", *text, "--vocab-size", "4096", "--out", tokenizer)
-    step("2. Turn the text into shards of tokens",
-         "data", "prepare", *text, "--tokenizer", tokenizer, "--seed", str(seed), "--out", data)  # fmt: skip
-    step("3. Train a GPT on them",
-         "train", "--data", data, *size, "--minutes", f"{minutes:g}", "--seed", str(seed), "--out", str(out))  # fmt: skip
+    step(
+        "2. Turn the text into shards of tokens",
+        "data",
+        "prepare",
+        *text,
+        "--tokenizer",
+        tokenizer,
+        *seeded,
+        "--out",
+        data,
+    )
+    step(
+        "3. Train a GPT on them",
+        "train",
+        "--data",
+        data,
+        *size,
+        "--minutes",
+        f"{minutes:g}",
+        *seeded,
+        "--out",
+        str(out),
+    )
     step("4. Evaluate it", "eval", "--model", str(out), "--data", data, "--max-batches", "50")
-    step("5. Let it speak",
-         "generate", "--model", str(out), "--prompt", "def ", "--max-new-tokens", "100", "--num-samples", "3",
-         "--seed", str(seed))  # fmt: skip
+    sampling = ["--prompt", "def ", "--max-new-tokens", "100", "--num-samples", "3", *seeded]
+    step("5. Let it speak", "generate", "--model", str(out), *sampling)
     console.print(f"\nAll of it took {(time.monotonic() - started) / 60:.1f} minutes and is in {out}/.")
     console.print("loss.png draws the loss; each folder in checkpoints/ opens in transformers as it is. Try next:")
     for command in (

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,8 +23,8 @@ def test_known_points():
 def test_rises_then_falls_and_stays_between(warmup, steps, min_lr):
     rates = [cosine_lr(s, lr=1.0, min_lr=min_lr, warmup_steps=warmup, max_steps=steps) for s in range(steps + 2)]
     top = min(warmup, steps)
-    assert all(a <= b + 1e-12 for a, b in zip(rates[:top], rates[1:top], strict=False))
-    assert all(a >= b - 1e-12 for a, b in zip(rates[top:], rates[top + 1 :], strict=False))
+    assert all(a <= b + 1e-12 for a, b in pairwise(rates[:top]))
+    assert all(a >= b - 1e-12 for a, b in pairwise(rates[top:]))
     assert all(0 < r <= 1 for r in rates[:warmup])
     assert all(min_lr - 1e-12 <= r <= 1 for r in rates[top:])
     assert rates[-1] == min_lr or warmup > steps
