@@ -289,8 +289,8 @@ class Trainer:
                 log.say(f"step {self.step}: validation loss {loss:.4f}")
                 return loss
 
-            logged = {r["step"]: r["val_loss"] for r in log.records if "val_loss" in r}
-            val_loss = logged[self.step] if self.step in logged else evaluate()
+            logged = [r["val_loss"] for r in log.records if "val_loss" in r]
+            val_loss = logged[-1] if logged else evaluate()
             while self.step < c.max_steps and not signals:
                 start = time.perf_counter()
                 loss_tensor, lr = self.train_step()
