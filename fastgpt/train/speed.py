@@ -18,6 +18,11 @@ DATA_SHEET = {
 }
 
 
+def _random(device: torch.device, *shape: int) -> torch.Tensor:
+    """Numbers from a generator of their own: a run's random state must not depend on what was measured."""
+    return torch.randn(shape, device=device, generator=torch.Generator(device))
+
+
 def _seconds(device: torch.device, x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype, budget: float) -> float:
     """Median time of x @ w.T in `dtype`, the casts from fp32 included, as autocast makes them."""
     times: list[float] = []
@@ -39,8 +44,7 @@ def faster_precision(device: torch.device, rows: int, width: int) -> str:
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    x = torch.randn(min(rows, 4096), width, device=device)
-    w = torch.randn(4 * width, width, device=device)
+    x, w = _random(device, min(rows, 4096), width), _random(device, 4 * width, width)
     fp32 = _seconds(device, x, w, torch.float32, 0.1)
     bf16 = _seconds(device, x, w, torch.bfloat16, 0.1)
     return "bf16" if fp32 > 1.1 * bf16 else "fp32"
@@ -56,5 +60,5 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
                 return rate, f"{part} data sheet"
     n = 4096 if device.type == "cuda" else 1024
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    a, b = _random(device, n, n).to(dtype), _random(device, n, n).to(dtype)
     return 2 * n**3 / _seconds(device, a, b, dtype, 0.2), f"measured {n}x{n} {precision} matmul"

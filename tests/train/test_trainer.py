@@ -236,11 +236,20 @@ def test_what_a_resumed_run_may_and_may_not_change(shards, tmp_path, refused, cl
     assert max(checkpoint.steps(out)) > 4
 
 
-def test_minutes_measures_how_many_steps_fit(shards, tmp_path):
-    result = train(config(shards, tmp_path / "run", minutes=0.05, save_interval=10**6))
-    assert result.step > 10
-    assert 1 < result.seconds < 12  # 3 seconds were asked for; the machine may be busy
-    assert TrainConfig.load(tmp_path / "run").max_steps == result.step
+def test_minutes_become_steps_and_measuring_changes_nothing(shards, tmp_path, monkeypatch):
+    measured = []
+    plain = Trainer._seconds_per_step
+
+    def measure(self, *args):
+        measured.append(plain(self, *args))
+        return 0.5
+
+    monkeypatch.setattr(Trainer, "_seconds_per_step", measure)
+    result = train(config(shards, tmp_path / "a", minutes=0.1, dropout=0.1))
+    assert result.step == TrainConfig.load(tmp_path / "a").max_steps == 12
+    assert 0 < measured[0] < 10
+    train(config(shards, tmp_path / "b", max_steps=12, dropout=0.1))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
 def test_starts_from_a_models_weights(shards, tmp_path):
