@@ -62,10 +62,10 @@ def sample(
         UserError: an option is out of its range.
     """
     check_sampling(temperature, top_k, top_p)
-    if temperature == 0:
+    if temperature < 1e-6:  # the likeliest has all of the mass by then, and less still would divide by 0 in fp32
         return logits.argmax(-1)
-    # The largest is subtracted first: a tiny temperature then gives -inf for the others and not inf - inf.
     logits = logits.float()
+    # The largest is subtracted first: a small temperature then gives -inf for the others and not inf - inf.
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     probs = filter_logits(logits, top_k, top_p).softmax(-1)
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1)

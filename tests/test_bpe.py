@@ -11,7 +11,7 @@ from fastgpt.tokenizer import BYTE_IDS, GPT2_PATTERN
 
 
 def textbook(words, merges):
-    """The algorithm as it is taught: count every pair again, merge the most frequent, the smallest of those that tie."""
+    """The algorithm as it is taught: count every pair again, merge the most frequent, of ties the smallest."""
     spelled = {word: [BYTE_IDS[b] for b in word.encode()] for word in words}
     made = []
     while len(made) < merges:

@@ -30,9 +30,13 @@ def test_atomic_dir_appears_whole(tmp_path):
 
 
 def test_atomic_dir_leaves_nothing_of_a_failure(tmp_path):
-    with pytest.raises(RuntimeError, match="midway"), atomic_dir(tmp_path / "out") as folder:
-        (folder / "file").write_text("x")
-        raise RuntimeError("midway")
+    def fail_midway():
+        with atomic_dir(tmp_path / "out") as folder:
+            (folder / "file").write_text("x")
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        fail_midway()
     assert not list(tmp_path.iterdir())
 
 

@@ -166,7 +166,8 @@ def test_opens_beside_a_gpt2_config_too(trained, tmp_path):
     assert auto.eos_token_id == trained.eot_id
 
 
-CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+CL100K += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def made_by_the_tokenizers_library(specials_first, pattern=None):

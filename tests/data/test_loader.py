@@ -89,6 +89,5 @@ def test_too_short_for_a_window():
 
 def test_an_id_beyond_the_vocabulary_names_its_shard():
     data = PackedDataset(Counting(100, vocab_size=50), 7, seed=0)
-    with pytest.raises(UserError, match=r"shard shard_of_(5\d|[6-9]\d) holds the id .*vocabulary has 50"):
-        for _ in range(5):
-            data.next_batch(4)
+    with pytest.raises(UserError, match=r"shard shard_of_\d+ holds the id 98, but its vocabulary has 50"):
+        data.next_batch(data.windows)

@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def texts_of(folder, split, tokenizer):
     data = TokenDataset.open(folder, split)
     starts = [*data.document_starts.tolist(), len(data)]
     found = []
-    for a, b in zip(starts, starts[1:], strict=False):
+    for a, b in pairwise(starts):
         ids = data.tokens(a, b).tolist()
         assert ids[-1] == tokenizer.eot_id
         found.append(tokenizer.decode(ids[:-1]))
@@ -160,10 +161,10 @@ def test_damaged_folders_are_named(own_shards, tmp_path):
     meta.write_text(text)
     with pytest.raises(UserError, match="no split 'test': it has train, val"):
         TokenDataset.open(own_shards, "test")
-    with pytest.raises(UserError, match="no token shards at .*/none: make them with"):
+    with pytest.raises(UserError, match=r"no token shards at .*/none: make them with"):
         TokenDataset.open(tmp_path / "none", "train")
     (own_shards / "train_documents.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="train_documents.bin is missing or does not match"):
+    with pytest.raises(UserError, match=r"train_documents.bin is missing or does not match"):
         _ = TokenDataset.open(own_shards, "train").document_starts
 
 
