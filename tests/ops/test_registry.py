@@ -1,0 +1,102 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt import ops
+from fastgpt.ops import registry
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(code, **options):
+    env = {**os.environ, **options.pop("env", {})}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, **options)
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+def test_the_extension_is_built_where_a_compiler_is():
+    assert registry.implementation("layer_norm", "cpu").name == "C++"
+    assert "layer_norm on cpu" in registry.extension_line()
+
+
+def test_every_op_has_a_row_for_each_device():
+    rows = ops.implementations()
+    assert {(r.op, r.device) for r in rows} == {("layer_norm", "cpu"), ("layer_norm", "cuda")}
+    assert all(r.reason for r in rows)
+    if not torch.version.cuda:
+        assert registry.implementation("layer_norm", "cuda").name == "reference"
+
+
+def test_using_is_undone_also_after_an_error():
+    before = registry.implementation("layer_norm", "cpu").name
+
+    def fail():
+        with ops.using("reference"):
+            assert registry.implementation("layer_norm", "cpu").name == "reference"
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert registry.implementation("layer_norm", "cpu").name == before
+    with pytest.raises(ValueError, match="mode must be"), ops.using("fast"):
+        pass
+
+
+def test_the_environment_variable_forces_the_reference():
+    code = "from fastgpt.ops import registry; print(registry.implementation('layer_norm', 'cpu'))"
+    assert "name='reference'" in python(code, env={"FASTGPT_OPS": "reference"}).stdout
+
+
+@pytest.mark.parametrize("broken", [None, b"not a library"])
+def test_without_the_extension_ops_take_their_references(tmp_path, broken):
+    shutil.copytree(ROOT / "fastgpt", tmp_path / "fastgpt", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    if broken:
+        (tmp_path / "fastgpt/_C.abi3.so").write_bytes(broken)
+    code = """
+import torch, fastgpt
+from fastgpt import ops, GPT, GPTConfig
+print(fastgpt.__file__)
+x, w = torch.randn(2, 8, requires_grad=True), torch.ones(8)
+ops.layer_norm(x, w, w).sum().backward()
+model = GPT(GPTConfig.preset("micro"))
+model.loss(torch.ones(1, 4).long(), torch.ones(1, 4).long()).backward()
+print(ops.implementations()[0])
+"""
+    done = python(code, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path) in done.stdout
+    assert "name='reference'" in done.stdout
+    assert ("does not load" if broken else "was not built") in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("env", "why"),
+    [
+        ({"CXX": "/no/such/compiler"}, "no C++ compiler `/no/such/compiler`"),
+        ({"CXX": "false"}, "it did not compile"),
+    ],
+)
+def test_no_compiler_skips_the_extension_with_one_line(tmp_path, env, why):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "fastgpt"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        else:
+            shutil.copy(source, tmp_path / name)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build"],
+        cwd=tmp_path,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fastgpt: ")]
+    assert len(lines) == 1
+    assert f"the extension is skipped: {why}" in lines[0]
+    assert not list(tmp_path.rglob("*.so"))
