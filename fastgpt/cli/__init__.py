@@ -3,6 +3,7 @@
 One file a subcommand. Each is a function with typed parameters; tyro makes the options and their help from them.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -76,20 +77,20 @@ def parse(target: Callable[..., T], name: str, args: list[str], default: T | Non
 
 def main() -> None:
     argv = sys.argv[1:]
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(help_text())
-        return
-    if argv[0] == "--version":
-        from fastgpt import __version__
-
-        print(f"fastgpt {__version__}")
-        return
     try:
-        run(argv)
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            print(help_text())
+        elif argv[0] == "--version":
+            from fastgpt import __version__
+
+            print(f"fastgpt {__version__}")
+        else:
+            run(argv)
+        sys.stdout.flush()  # here, where a closed pipe is caught, and not while Python shuts down
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:  # `fastgpt generate ... | head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has nowhere to go
         raise SystemExit(141) from None

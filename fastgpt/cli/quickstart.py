@@ -12,7 +12,7 @@ from fastgpt.cli import run
 from fastgpt.errors import UserError
 
 # What about fills its time: on two CPU cores a model that learns the most in two minutes, on a GPU a bigger one.
-CPU = ["--preset", "mini", "--batch-size", "8"]
+CPU = ["--preset", "mini", "--batch-size", "4", "--lr", "2e-3"]
 GPU = ["--preset", "nano", "--batch-size", "64", "--lr", "6e-4"]
 
 
@@ -66,7 +66,7 @@ def quickstart(*, minutes: float = 2.0, seed: int = 0, out: Path | None = None) 
         "--out",
         str(out),
     )
-    step("4. Evaluate it", "eval", "--model", str(out), "--data", data, "--max-batches", "50")
+    step("4. Evaluate it", "eval", "--model", str(out), "--data", data, "--max-batches", "20")
     sampling = ["--prompt", "def ", "--max-new-tokens", "100", "--num-samples", "3", *seeded]
     step("5. Let it speak", "generate", "--model", str(out), *sampling)
     console.print(f"\nAll of it took {(time.monotonic() - started) / 60:.1f} minutes and is in {out}/.")
