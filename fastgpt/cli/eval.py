@@ -28,7 +28,7 @@ def evaluate(
         data: Folder of token shards, prepared with the model's tokenizer.
         split: Which part of the shards.
         batch_size: Sequences in one forward pass.
-        max_batches: Stop after so many batches; all of the split if not given.
+        max_batches: Only so many batches, spread evenly over the split; all of it if not given.
         device: cpu, cuda, cuda:1, or auto.
     """
     folder = resolve_model_folder(model)

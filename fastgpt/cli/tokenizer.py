@@ -69,12 +69,13 @@ def train(
         raise UserError(f"no text in {', '.join(map(str, input))}: the corpus is empty")
     tokenizer.save_pretrained(out)
     skipped_line(console, skipped)
-    longest = sorted((tokenizer.token_bytes(i) for i in tokenizer.vocab.values()), key=len)[-6:]
+    words = (token.decode("utf-8", "replace") for token in tokenizer.vocab if any(chr(b).isalpha() for b in token))
+    longest = sorted(words, key=len)[-6:]
     console.print(
         f"{tokenizer.vocab_size:,} ids from {size / 1e6:.1f} M characters in {files:,} files, "
         f"{time.monotonic() - started:.1f} s; saved in {out}"
     )
-    console.print(f"the longest tokens: {', '.join(repr(t.decode('utf-8', 'replace')) for t in longest)}", markup=False)
+    console.print(f"the longest words: {', '.join(map(repr, longest))}", markup=False)
 
 
 def show(text: str, /, *, tokenizer: Path) -> None:

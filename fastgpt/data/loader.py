@@ -70,10 +70,15 @@ class PackedDataset:
         return self._batch(windows)
 
     def sequential_batches(self, batch_size: int, max_batches: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """The windows in the text's order, from the first, the last batch maybe smaller; moves no position."""
-        starts = range(0, self.windows, batch_size)
-        for start in starts[:max_batches]:
-            yield self._batch(list(range(start, min(start + batch_size, self.windows))))
+        """The windows in the text's order, the last batch maybe smaller; moves no position.
+
+        With `max_batches`, as many windows as fit into them, evenly spread over the text: its beginning alone may be
+        of one kind.
+        """
+        count = self.windows if max_batches is None else min(self.windows, batch_size * max_batches)
+        windows = [i * self.windows // count for i in range(count)]
+        for start in range(0, count, batch_size):
+            yield self._batch(windows[start : start + batch_size])
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, for `load_state_dict`."""

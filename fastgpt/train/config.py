@@ -55,8 +55,9 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest norm of the whole gradient; 0 turns clipping off."""
 
-    eval_interval: int = 250
-    """Steps between validation losses; one is taken at the start and one at the end too."""
+    eval_interval: int | None = None
+    """Steps between validation losses, one is taken at the start and the end too; an eighth of the run, at most 250, if
+    not given."""
     eval_batches: int = 20
     """Validation batches in each of them, always the same ones."""
     save_interval: int = 500
@@ -76,7 +77,7 @@ class TrainConfig:
         self.init_from = None if self.init_from is None else Path(self.init_from)
         positive = ("batch_size", "grad_accum", "max_steps", "eval_interval", "eval_batches", "save_interval", "keep")
         for name in positive:
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{option(name)} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "weight_decay", "grad_clip", "min_lr", "warmup_steps", "minutes"):
             value = getattr(self, name)

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,12 @@ def draw_loss(records: list[dict[str, Any]], path: Path) -> None:
     axes = figure.add_subplot()
     if train:
         tokens, losses = zip(*train, strict=True)
-        smooth, mean = [], losses[0]
-        weight = max(0.02, 2 / (len(losses) + 1))
-        for loss in losses:
-            mean += weight * (loss - mean)
-            smooth.append(mean)
+        n, half = len(losses), len(losses) // 50
+        sums = [0.0, *accumulate(losses)]
+        ends = [(max(0, i - half), min(n, i + half + 1)) for i in range(n)]
+        smooth = [(sums[b] - sums[a]) / (b - a) for a, b in ends]
         axes.plot(tokens, losses, color="#9ecae1", linewidth=0.8)
-        axes.plot(tokens, smooth, color="#08519c", linewidth=1.5, label=f"training, {losses[-1]:.3f} at the end")
+        axes.plot(tokens, smooth, color="#08519c", linewidth=1.5, label=f"training, {smooth[-1]:.3f} at the end")
     if val:
         tokens, losses = zip(*val, strict=True)
         axes.plot(tokens, losses, "o-", color="#d94801", markersize=4, label=f"validation, {losses[-1]:.3f} at the end")

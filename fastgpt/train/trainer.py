@@ -142,7 +142,8 @@ class Trainer:
             seconds = self._seconds_per_step(config, block_size)
             done = latest[0] if latest else 0
             config = replace(config, max_steps=done + max(1, round(60 * config.minutes / seconds)), minutes=None)
-        self.config = replace(config, block_size=block_size)
+        eval_interval = config.eval_interval or max(1, min(250, config.max_steps // 8))
+        self.config = replace(config, block_size=block_size, eval_interval=eval_interval)
         torch.manual_seed(config.seed)  # again: nothing that was measured above may move what dropout draws
         self.optimizer = build_optimizer(
             self.model, config.lr, config.weight_decay, (config.beta1, config.beta2), config.grad_clip
@@ -270,6 +271,7 @@ class Trainer:
         c = self.config
         model = self.model.config
         assert c.block_size is not None
+        assert c.eval_interval is not None
         tokens_per_step = c.batch_size * c.grad_accum * c.block_size
         peak, peak_source = peak_flops(self.device, c.precision)
         flops_per_token = model.flops_per_token(c.block_size)

@@ -77,7 +77,9 @@ def test_sequential_batches_are_the_text_in_order_each_time():
         batches = list(data.sequential_batches(4))
         assert [len(x) for x, _ in batches] == [4, 4, 2]
         assert torch.cat([x for x, _ in batches]).flatten().tolist() == list(range(70))
-    assert len(list(data.sequential_batches(4, max_batches=2))) == 2
+    some = torch.cat([x[:, 0] for x, _ in data.sequential_batches(3, max_batches=2)]).tolist()
+    assert some == [0, 7, 21, 35, 42, 56]  # 6 of the 10 windows, spread evenly
+    assert len(list(data.sequential_batches(4, max_batches=100))) == 3
     assert data.state_dict() == before
 
 
