@@ -47,7 +47,7 @@ class TrainConfig:
     min_lr: float | None = None
     """Learning rate at the end of the cosine; a tenth of --lr if not given."""
     warmup_steps: int | None = None
-    """Steps of linear warm-up; 5% of --max-steps, at most 500, if not given."""
+    """Steps of linear warm-up; a fifth of --max-steps, at most 500, if not given: short runs need that much."""
     weight_decay: float = 0.1
     """Decoupled decay, on matrices only: not on biases or norms."""
     beta1: float = 0.9

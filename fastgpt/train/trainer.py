@@ -250,7 +250,7 @@ class Trainer:
             self.step,
             lr=c.lr,
             min_lr=c.lr / 10 if c.min_lr is None else c.min_lr,
-            warmup_steps=min(500, c.max_steps // 20) if c.warmup_steps is None else c.warmup_steps,
+            warmup_steps=min(500, c.max_steps // 5) if c.warmup_steps is None else c.warmup_steps,
             max_steps=c.max_steps,
         )
         for group in self.optimizer.param_groups:
