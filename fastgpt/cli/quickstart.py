@@ -69,12 +69,12 @@ def quickstart(*, minutes: float = 2.0, seed: int = 0, out: Path | None = None) 
         str(out),
     )
     step("4. Evaluate it", "eval", "--model", str(out), "--data", data, "--max-batches", "20")
-    sampling = ["--prompt", "def ", "--max-new-tokens", "100", "--num-samples", "3", *seeded]
+    sampling = ["--prompt", "def", "--max-new-tokens", "100", "--num-samples", "3", *seeded]
     step("5. Let it speak", "generate", "--model", str(out), *sampling)
     console.print(f"\nAll of it took {(time.monotonic() - started) / 60:.1f} minutes and is in {out}/.")
     console.print("loss.png draws the loss; each folder in checkpoints/ opens in transformers as it is. Try next:")
     for command in (
-        ["generate", "--model", str(out), "--prompt", "import ", "--temperature", "0.5"],
+        ["generate", "--model", str(out), "--prompt", "import", "--temperature", "0.5"],
         ["tokenizer", "show", "--tokenizer", tokenizer, "def main(argv: list[str]) -> None:"],
         ["train", "--out", str(out), "--resume", "--max-steps", "5000"],
         ["info"],
