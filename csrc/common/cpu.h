@@ -4,16 +4,15 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+
+#include "tensor.h"
 
 // One binary serves every x86-64: GCC compiles a function so marked once per instruction set, and the loader picks.
 // The body that it calls must be FASTGPT_INLINE, or it stays compiled for the baseline. musl and macOS lack ifunc.
@@ -28,8 +27,6 @@ namespace fastgpt {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Sums are in float for 16- and 32-bit types, in double for double.
 template <typename T>
@@ -54,6 +51,31 @@ FASTGPT_INLINE void store(T& out, A v) {
     out.x = static_cast<uint16_t>(v != v ? 0x7fc0 : rounded);
   } else {
     out = static_cast<T>(v);
+  }
+}
+
+// exp(x) for x <= 0, which is all that a softmax or a tanh needs, to one part in 10^7; vectorizes, as std::exp does not.
+// exp(x) = 2^n * exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where eight terms of the series suffice.
+template <typename A>
+FASTGPT_INLINE A exp_nonpositive(A x) {
+  if constexpr (std::is_same_v<A, double>) {
+    return std::exp(x);
+  } else {
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves a float's integer part in its low bits
+    const float shifted = x * 1.44269504f + kRound;
+    const float n = shifted - kRound;
+    const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts, the first exact in n * part
+    float e = 1.98412698e-4f;
+    e = e * r + 1.38888889e-3f;
+    e = e * r + 8.33333333e-3f;
+    e = e * r + 4.16666667e-2f;
+    e = e * r + 1.66666667e-1f;
+    e = e * r + 0.5f;
+    e = e * r + 1.0f;
+    e = e * r + 1.0f;
+    const uint32_t exponent = std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(kRound) + 127u;
+    const float scaled = e * std::bit_cast<float>(exponent << 23);
+    return x < -87.0f ? 0.0f : scaled;  // 2^-126 is the least normal float; NaN stays NaN
   }
 }
 

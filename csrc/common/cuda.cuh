@@ -7,17 +7,11 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+
+#include "tensor.h"
 
 namespace fastgpt {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <typename T>
 struct Acc {

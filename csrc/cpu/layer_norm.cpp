@@ -120,25 +120,21 @@ void check(const Tensor& x, const Tensor& weight) {
       weight.dim() == 1 && weight.size(0) == x.size(-1), "layer_norm: weight must be 1-D, as long as x's last dimension");
 }
 
-ScalarType stats_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight, Tensor bias, double eps) {
   check(x, weight);
   check(x, bias);
-  x = torch::stable::contiguous(x);
-  weight = torch::stable::contiguous(weight);
-  bias = torch::stable::contiguous(bias);
+  x = as_contiguous(x);
+  weight = as_contiguous(weight);
+  bias = as_contiguous(bias);
   const int64_t C = x.size(-1);
   const int64_t rows = x.numel() / C;
   const std::vector<int64_t> stats_shape(x.sizes().begin(), x.sizes().end() - 1);
 
-  Tensor y = torch::stable::new_empty(x, x.sizes());
-  Tensor mean = torch::stable::new_empty(x, stats_shape, stats_type(x));
-  Tensor rstd = torch::stable::new_empty(x, stats_shape, stats_type(x));
+  Tensor y = make_like(x);
+  Tensor mean = make_empty(x, stats_shape, sums_type(x));
+  Tensor rstd = make_empty(x, stats_shape, sums_type(x));
   dispatch_float(x, kName, [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
@@ -162,18 +158,18 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, Tensor x, Tens
   STD_TORCH_CHECK(
       dy.numel() == x.numel() && dy.scalar_type() == x.scalar_type(), "layer_norm_backward: dy must have x's shape and dtype");
   STD_TORCH_CHECK(
-      mean.numel() == rows && rstd.numel() == rows && mean.scalar_type() == stats_type(x) &&
-          rstd.scalar_type() == stats_type(x),
+      mean.numel() == rows && rstd.numel() == rows && mean.scalar_type() == sums_type(x) &&
+          rstd.scalar_type() == sums_type(x),
       "layer_norm_backward: mean and rstd must be what layer_norm returned for this x");
-  dy = torch::stable::contiguous(dy);
-  x = torch::stable::contiguous(x);
-  weight = torch::stable::contiguous(weight);
-  mean = torch::stable::contiguous(mean);
-  rstd = torch::stable::contiguous(rstd);
+  dy = as_contiguous(dy);
+  x = as_contiguous(x);
+  weight = as_contiguous(weight);
+  mean = as_contiguous(mean);
+  rstd = as_contiguous(rstd);
 
-  Tensor dx = torch::stable::new_empty(x, x.sizes());
-  Tensor dweight = torch::stable::new_empty(weight, weight.sizes());
-  Tensor dbias = torch::stable::new_empty(weight, weight.sizes());
+  Tensor dx = make_like(x);
+  Tensor dweight = make_like(weight);
+  Tensor dbias = make_like(weight);
   dispatch_float(x, kName, [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;

@@ -151,10 +151,6 @@ void check(const Tensor& x, const Tensor& weight) {
       weight.get_device_index() == x.get_device_index(), "layer_norm: x and its parameters must be on one GPU");
 }
 
-ScalarType stats_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_cuda(Tensor x, Tensor weight, Tensor bias, double eps) {
@@ -162,15 +158,15 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_cuda(Tensor x, Tensor weight, Tens
   check(x, bias);
   STD_TORCH_CHECK(bias.scalar_type() == weight.scalar_type(), "layer_norm: bias must have weight's dtype");
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  x = torch::stable::contiguous(x);
-  weight = torch::stable::contiguous(weight);
-  bias = torch::stable::contiguous(bias);
+  x = as_contiguous(x);
+  weight = as_contiguous(weight);
+  bias = as_contiguous(bias);
   const int64_t C = x.size(-1);
   const int64_t rows = x.numel() / C;
   const std::vector<int64_t> stats_shape(x.sizes().begin(), x.sizes().end() - 1);
-  Tensor y = torch::stable::new_empty(x, x.sizes());
-  Tensor mean = torch::stable::new_empty(x, stats_shape, stats_type(x));
-  Tensor rstd = torch::stable::new_empty(x, stats_shape, stats_type(x));
+  Tensor y = make_like(x);
+  Tensor mean = make_empty(x, stats_shape, sums_type(x));
+  Tensor rstd = make_empty(x, stats_shape, sums_type(x));
   if (rows == 0) return {y, mean, rstd};
   STD_TORCH_CHECK(rows <= INT32_MAX, "layer_norm: more than 2^31 - 1 rows");
 
@@ -201,19 +197,19 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cuda(
   STD_TORCH_CHECK(
       dy.numel() == x.numel() && dy.scalar_type() == x.scalar_type(), "layer_norm_backward: dy must have x's shape and dtype");
   STD_TORCH_CHECK(
-      mean.numel() == rows && rstd.numel() == rows && mean.scalar_type() == stats_type(x) &&
-          rstd.scalar_type() == stats_type(x),
+      mean.numel() == rows && rstd.numel() == rows && mean.scalar_type() == sums_type(x) &&
+          rstd.scalar_type() == sums_type(x),
       "layer_norm_backward: mean and rstd must be what layer_norm returned for this x");
-  dy = torch::stable::contiguous(dy);
-  x = torch::stable::contiguous(x);
-  weight = torch::stable::contiguous(weight);
-  mean = torch::stable::contiguous(mean);
-  rstd = torch::stable::contiguous(rstd);
-  Tensor dx = torch::stable::new_empty(x, x.sizes());
-  Tensor dweight = torch::stable::new_empty(weight, weight.sizes());
-  Tensor dbias = torch::stable::new_empty(weight, weight.sizes());
+  dy = as_contiguous(dy);
+  x = as_contiguous(x);
+  weight = as_contiguous(weight);
+  mean = as_contiguous(mean);
+  rstd = as_contiguous(rstd);
+  Tensor dx = make_like(x);
+  Tensor dweight = make_like(weight);
+  Tensor dbias = make_like(weight);
   const int64_t blocks = std::max<int64_t>(1, std::min<int64_t>(rows, 2 * sm_count(x)));
-  Tensor partial = torch::stable::new_empty(x, {blocks, 2, C}, stats_type(x));
+  Tensor partial = make_empty(x, {blocks, 2, C}, sums_type(x));
 
   dispatch_float(x, weight, kName, [&](auto x_tag, auto w_tag) {
     using T = decltype(x_tag);

@@ -61,8 +61,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     _check(x, weight, bias, eps)
     if not registry.takes_kernel("layer_norm", x):
         return layer_norm_reference(x, weight, bias, eps)
-    y, _, _ = torch.ops.fastgpt.layer_norm(x, weight, bias, eps)
-    return y
+    return _call(x, weight, bias, eps)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
@@ -104,21 +103,13 @@ def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Te
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, _, _ = inputs
     _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, weight, mean, rstd)
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    dx, dweight, dbias = torch.ops.fastgpt.layer_norm_backward(dy, *ctx.saved_tensors)
+    dx, dweight, dbias = registry.call_below_autograd("layer_norm_backward", dy, *ctx.saved_tensors)
     return dx, dweight, dbias, None
 
 
-def _no_double_backward(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError(
-        'layer_norm: double backward is not supported by its kernels; use `with ops.using("reference"):`'
-    )
-
-
-torch.library.register_autograd("fastgpt::layer_norm", _backward, setup_context=_save)
-torch.library.register_autograd("fastgpt::layer_norm_backward", _no_double_backward)
+_call = registry.differentiable("layer_norm", save=_save, backward=_backward)
 registry.register("layer_norm", cpu="C++", cuda="CUDA C++")

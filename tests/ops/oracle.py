@@ -9,6 +9,9 @@ A subclass gives:
     cases       shapes, of whatever `inputs` understands
     inputs()    the op's arguments for one case; tensors that need gradients have requires_grad set
     bad_inputs  (exception, what its message must name, arguments)
+and where they differ from the usual:
+    raw_inputs()  the arguments of `torch.ops.fastgpt.<name>` for those of the public function
+    smallest      the size of the terms that make up results, where that is not 1 (gradients of a mean, say)
 """
 
 import functools
@@ -46,15 +49,20 @@ def rows(tensor: Tensor, layout: str) -> Tensor:
     raise AssertionError(layout)
 
 
-def results(fn: Callable[..., Tensor], args: tuple[Any, ...], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Output and gradients of fn(*args), the gradients for a fixed dy; with `dtype`, all computed in that dtype."""
+def results(fn: Callable[..., Any], args: tuple[Any, ...], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Outputs and gradients of fn(*args), the gradients for fixed ones of the outputs; with `dtype`, computed in it."""
+    floats = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
     leaves = [
-        a.detach().to(dtype or a.dtype).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args
+        a.detach().to(dtype or a.dtype).requires_grad_(a.requires_grad) if any(a is f for f in floats) else a
+        for a in args
     ]
     y = fn(*leaves)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(args[0].dtype).to(y)
-    y.backward(dy)
-    found = {"output": y.detach()}
+    outputs = (y,) if isinstance(y, Tensor) else tuple(y)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(out.shape, generator=generator).to(floats[0].dtype).to(out) for out in outputs]
+    if any(out.requires_grad for out in outputs):
+        torch.autograd.backward(outputs, grads)
+    found = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             assert leaf.grad is not None
@@ -63,7 +71,11 @@ def results(fn: Callable[..., Tensor], args: tuple[Any, ...], dtype: torch.dtype
 
 
 def assert_within_bound(
-    ours: dict[str, Tensor], torchs: dict[str, Tensor], exact: dict[str, Tensor], roundings: int = 1
+    ours: dict[str, Tensor],
+    torchs: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    roundings: int = 1,
+    smallest: float = 1.0,
 ) -> None:
     assert ours.keys() == exact.keys()
     for name, want in exact.items():
@@ -74,7 +86,7 @@ def assert_within_bound(
             continue
         error = (got.double() - want).abs().max().item()
         # The rounding is of the largest term: inputs are of size 1, and a sum that cancels to less still rounded those.
-        rounding = roundings * torch.finfo(got.dtype).eps * max(1.0, want.abs().max().item())
+        rounding = roundings * torch.finfo(got.dtype).eps * max(smallest, want.abs().max().item())
         allowed = 2 * (plain.double() - want).abs().max().item() + rounding
         assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
@@ -88,11 +100,15 @@ class OpContract:
     reference: Callable[..., Tensor]
     cases: ClassVar[list[Any]]
     bad_inputs: ClassVar[list[tuple[type[Exception], str, Callable[[], tuple[Any, ...]]]]]
+    smallest: ClassVar[float] = 1.0
 
     def inputs(
         self, case: Any, dtype: torch.dtype, device: str, layout: str = "contiguous", seed: int = 0
     ) -> tuple[Any, ...]:
         raise NotImplementedError
+
+    def raw_inputs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return args
 
     @property
     def op(self) -> Callable[..., Tensor]:
@@ -114,7 +130,8 @@ class OpContract:
     def check_accuracy(self, args: tuple[Any, ...], roundings: int = 1) -> None:
         """`roundings` above 1 is for tiny random tensors: torch draws an error of 0 there now and then."""
         ref = self.ref()
-        assert_within_bound(results(self.op, args), results(ref, args), results(ref, args, torch.float64), roundings)
+        ours, torchs, exact = results(self.op, args), results(ref, args), results(ref, args, torch.float64)
+        assert_within_bound(ours, torchs, exact, roundings, self.smallest)
 
     # One clause a test, below. Cases come from the subclass, so they loop inside: one id a clause, dtype and device.
 
@@ -136,7 +153,7 @@ class OpContract:
     def test_bitwise_the_same_every_time(self, device: str) -> None:
         args = self.inputs(self.cases[-1], torch.float32, device)
         first = results(self.op, args)
-        for _ in range(20):
+        for _ in range(100):
             assert same(first, results(self.op, args))
 
     @pytest.mark.parametrize("device", DEVICES)
@@ -150,10 +167,22 @@ class OpContract:
             assert same(want, results(self.op, args)), case
 
     @pytest.mark.parametrize("device", DEVICES)
+    def test_writes_no_memory_that_is_not_its_own(self, device: str) -> None:
+        """Its outputs and scratch take every second of a row of equal blocks; the canaries between them must live."""
+        for case in self.cases:
+            args = self.inputs(case, torch.float32, device)
+            shapes = {tuple(t.shape) for t in results(self.op, args).values()}
+            blocks = [torch.full(shape, 7.0, device=device) for shape in shapes for _ in range(16)]
+            canaries = blocks[::2]
+            del blocks
+            results(self.op, args)
+            assert all((c == 7.0).all() for c in canaries), case
+
+    @pytest.mark.parametrize("device", DEVICES)
     def test_opcheck(self, device: str) -> None:
         self.kernel_or_skip(device)
         for case in self.cases[:3]:
-            torch.library.opcheck(self.raw, self.inputs(case, torch.float32, device))
+            torch.library.opcheck(self.raw, self.raw_inputs(self.inputs(case, torch.float32, device)))
 
     def test_gradcheck(self) -> None:
         """Of the kernel itself, in float64, where it takes that; else of the reference that stands in for it."""
@@ -171,18 +200,24 @@ class OpContract:
         for case in self.cases[:3]:
             args = self.inputs(case, torch.float32, device)
             ref = self.ref()
-            assert_within_bound(results(compiled, args), results(ref, args), results(ref, args, torch.float64))
+            ours, torchs, exact = results(compiled, args), results(ref, args), results(ref, args, torch.float64)
+            assert_within_bound(ours, torchs, exact, smallest=self.smallest)
 
     def test_double_backward_says_that_it_is_not_there(self) -> None:
         self.kernel_or_skip()
         args = self.inputs(self.cases[0], torch.float32, "cpu")
         wanted = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
-        (first, *_) = torch.autograd.grad(self.op(*args).square().sum(), wanted, create_graph=True)
+
+        def gradient() -> Tensor:
+            y = self.op(*args)
+            outputs = (y,) if isinstance(y, Tensor) else y
+            total = sum(out.square().sum() for out in outputs)
+            return torch.autograd.grad(total, wanted, create_graph=True)[0].sum()
+
         with pytest.raises(RuntimeError, match=f"{self.name}: double backward"):
-            first.sum().backward()
+            gradient().backward()
         with ops.using("reference"):
-            (first, *_) = torch.autograd.grad(self.op(*args).square().sum(), wanted, create_graph=True)
-            first.sum().backward()
+            gradient().backward()
 
     def test_reference_can_be_forced(self) -> None:
         args = self.inputs(self.cases[0], torch.float32, "cpu")
