@@ -40,6 +40,6 @@ EOF
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) $(g++ -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1:strict_string_checks=1 UBSAN_OPTIONS=print_stacktrace=1
 "$python" -c 'from fastgpt.ops import registry as r; line = r.extension_line(); assert "loaded" in line[:17], line'
-# Out: what compiles or starts processes of its own, and the emulated CUDA kernels, which have checks of their own.
-exec "$python" -m pytest -x -p no:cacheprovider tests/ops -k "not inductor and not gpu" \
+# --capture=sys lets reports through. Out: what compiles or starts processes of its own, and the emulated CUDA kernels, which have checks of their own.
+exec "$python" -m pytest -x -p no:cacheprovider -p no:faulthandler --capture=sys tests/ops -k "not inductor and not gpu" \
     --ignore tests/ops/test_registry.py --ignore tests/ops/test_cuda_sources.py --ignore tests/ops/test_cuda_emulated.py "$@"
