@@ -1,5 +1,5 @@
-// A list of tensors as one kernel's work: a table in the kernel's parameters, which a CUDA graph keeps, and the list cut
-// into chunks that the blocks of a fixed grid take in turn. Since CUDA 12.1 parameters may be 32,764 bytes.
+// A list of tensors as one kernel's work: a table in the kernel's parameters, which a CUDA graph keeps, and the list
+// cut into chunks that the blocks of a fixed grid take in turn. Since CUDA 12.1 parameters may be 32,764 bytes.
 #pragma once
 
 #include <cstdint>
@@ -18,19 +18,26 @@ struct TensorTable {
   int tensors;
 };
 
+struct TensorList {
+  const std::vector<Tensor>& tensors;
+  bool written;
+};
+
 // Calls launch(table) for as many tables as `lists` need; tensors without elements are left out. All lists are as long
 // as the first; a list that is not there is empty, and its pointers are null.
 template <int kLists, int kTensors, typename Launch>
-void for_tables(
-    const std::vector<const std::vector<Tensor>*>& lists, int64_t chunk, const char* name, Launch launch) {
+void for_tables(const TensorList (&lists)[kLists], int64_t chunk, const char* name, Launch launch) {
   TensorTable<kLists, kTensors> table;
   table.tensors = table.first_chunk[0] = 0;
-  for (size_t i = 0; i < lists[0]->size(); ++i) {
-    const int64_t n = (*lists[0])[i].numel();
+  for (size_t i = 0; i < lists[0].tensors.size(); ++i) {
+    const int64_t n = lists[0].tensors[i].numel();
     if (n == 0) continue;
     const int t = table.tensors;
     for (int k = 0; k < kLists; ++k) {
-      table.at[k][t] = lists[k]->empty() ? nullptr : const_cast<void*>((*lists[k])[i].const_data_ptr());
+      const auto& [tensors, written] = lists[k];
+      table.at[k][t] = tensors.empty() ? nullptr
+          : written                    ? tensors[i].mutable_data_ptr()
+                                       : const_cast<void*>(tensors[i].const_data_ptr());
     }
     const int64_t next = table.first_chunk[t] + (n + chunk - 1) / chunk;
     STD_TORCH_CHECK(next <= INT32_MAX, name, ": more elements than one call takes");

@@ -5,8 +5,8 @@
 //   p = p - lr / (1 - beta1^k) * m / (sqrt(v) / sqrt(1 - beta2^k) + eps)
 //
 // Memory decides: 28 bytes an element, in fp32 as with 16-bit parameters and masters. One launch takes up to 600 tensors,
-// whose table is in the kernel's parameters; four blocks an SM take chunks of 4,096 elements in turn, and a thread has 7
-// or 8 loads of 16 bytes in flight. step, lr and grad_scale may be on the device: thread 0 of each block reads them
+// whose table is in the kernel's parameters; four blocks an SM take chunks of 4,096 elements in turn, and a thread has
+// 7 or 8 loads of 16 bytes in flight. step, lr and grad_scale may be on the device: thread 0 of each block reads them
 // and makes what all elements share, in double, so that a graph replays with new values and nothing waits for them.
 
 #include "tensor_list.cuh"
@@ -135,10 +135,9 @@ Scalar make_scalar(const Tensor& t, const Tensor& param, const char* what) {
   STD_TORCH_CHECK(
       t.numel() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Long),
       "adamw_step: ", what, " must be one float32, float64 or int64 number");
-  if (t.is_cpu()) return {nullptr, dtype, read(t.const_data_ptr(), dtype)};
-  STD_TORCH_CHECK(
-      t.get_device_index() == param.get_device_index(), "adamw_step: ", what, " must be on the parameters' device");
-  return {t.const_data_ptr(), dtype, 0};
+  if (t.get_device_index() == param.get_device_index()) return {t.const_data_ptr(), dtype, 0};
+  STD_TORCH_CHECK(t.is_cpu(), "adamw_step: ", what, " must be on the parameters' device");
+  return {nullptr, dtype, read(t.const_data_ptr(), dtype)};
 }
 
 // The public Python function says all this better; here it keeps a direct call from writing past an end.
@@ -147,7 +146,7 @@ void check(const std::vector<Tensor>& list, const std::vector<Tensor>& params, S
   for (size_t i = 0; i < list.size(); ++i) {
     STD_TORCH_CHECK(
         list[i].numel() == params[i].numel() && list[i].scalar_type() == dtype && list[i].is_contiguous() &&
-            !list[i].is_cpu() && list[i].get_device_index() == params[0].get_device_index(),
+            list[i].get_device_index() == params[0].get_device_index(),
         "adamw_step: ", what, "[", i, "] must be contiguous and have its parameter's size and the right dtype");
   }
 }
@@ -191,7 +190,8 @@ void adamw_step_cuda(
       adamw_kernel<T, A, false><<<blocks, kThreads, 0, stream>>>(table, scalars);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     };
-    for_tables<5, 600>({&params, &grads, &exp_avgs, &exp_avg_sqs, &masters}, kChunk, kName, launch);
+    for_tables<5, 600>(
+        {{params, true}, {grads, false}, {exp_avgs, true}, {exp_avg_sqs, true}, {masters, true}}, kChunk, kName, launch);
   });
 }
 

@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor> clip_grad_norm_cuda(std::vector<Tensor> grads, double
   std::map<ScalarType, std::vector<Tensor>> by_dtype;
   for (const Tensor& g : grads) {
     STD_TORCH_CHECK(
-        !g.is_cpu() && g.get_device_index() == grads[0].get_device_index(), "clip_grad_norm: grads must be on one device");
+        g.get_device_index() == grads[0].get_device_index(), "clip_grad_norm: grads must be on one device");
     by_dtype[g.scalar_type()].push_back(as_contiguous(g));
   }
   const ScalarType out = by_dtype.count(ScalarType::Double) ? ScalarType::Double : ScalarType::Float;
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor> clip_grad_norm_cuda(std::vector<Tensor> grads, double
   int64_t blocks = 0;
   for (const auto& [dtype, list] : by_dtype) {
     dispatch_float(list[0], list[0], kName, [&](auto tag, auto) {
-      for_tables<1, 1024>({&list}, kChunk, kName, [&](const Table& table) {
+      for_tables<1, 1024>({{list, false}}, kChunk, kName, [&](const Table& table) {
         const int grid = std::min(most, table.first_chunk[table.tensors]);
         squares_kernel<decltype(tag)><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(table, sums + blocks);
         STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -4,10 +4,10 @@
 //   dwte[v] = sum over the (b, t) with ids[b, t] = v of dy[b, t],  dwpe[offset + t] = sum over b of dy[b, t]
 //
 // Memory decides. Forward: a row of y is 64 lanes', with 16-byte accesses where the width and the pointers allow it.
-// Backward sorts the ids, stably, so that the tokens of an id are one run of positions in the order of the batch. A block
-// sums 32 positions: a run that lies within them goes to dwte, one that crosses their ends to a row of `partial`, two at
-// most; a second kernel adds those rows in order. So no atomics, bitwise the same every time, and an id that is half the
-// batch costs one block a sum over 1/32 of its tokens. The grid depends on shapes alone: nothing waits for the ids.
+// Backward sorts the ids, stably, so that the tokens of an id are one run of positions in the order of the batch. A
+// block sums 32 positions: a run that lies within them goes to dwte, one that crosses their ends to a row of `partial`,
+// two at most; a second kernel adds those rows in order. So no atomics, bitwise the same every time, and an id that is
+// half the batch costs one block a sum over 1/32 of its tokens. Grids depend on shapes alone: nothing waits for ids.
 // An id that is not in [0, V) gives a row of NaN and no gradient: no access is out of bounds.
 
 #include "cuda.cuh"
@@ -65,8 +65,8 @@ __device__ __forceinline__ void put(To* to, const A (&sum)[N]) {
   *reinterpret_cast<Vec<To, N>*>(to) = v;
 }
 
-// Block (chunk, tile) sums sorted positions 32 * chunk and on, in columns of tile. `partial` is (chunks, 2, C): of a run
-// that began before the chunk, and of one that begins in it and goes on after it.
+// Block (chunk, tile) sums sorted positions 32 * chunk and on, in columns of tile. `partial` is (chunks, 2, C): of a
+// run that began before the chunk, and of one that begins in it and goes on after it.
 template <int N, typename T, typename A>
 __global__ void __launch_bounds__(kLanes) runs_kernel(
     const T* dy, const int64_t* sorted, const int64_t* order, T* dwte, A* partial, int64_t rows, int64_t vocab,
@@ -235,9 +235,9 @@ std::tuple<Tensor, Tensor> embedding_backward_cuda(
     const T* dyp = static_cast<const T*>(dy.const_data_ptr());
     T* tp = static_cast<T*>(dwte.mutable_data_ptr());
     T* pp = static_cast<T*>(dwpe.mutable_data_ptr());
-    STD_CUDA_CHECK(cudaMemsetAsync(tp, 0, dwte.numel() * sizeof(T), stream));
-    STD_CUDA_CHECK(cudaMemsetAsync(pp, 0, dwpe.numel() * sizeof(T), stream));
-    if (rows == 0 || C == 0) return;
+    if (dwte.numel() > 0) STD_CUDA_CHECK(cudaMemsetAsync(tp, 0, dwte.numel() * sizeof(T), stream));
+    if (dwpe.numel() > 0) STD_CUDA_CHECK(cudaMemsetAsync(pp, 0, dwpe.numel() * sizeof(T), stream));
+    if (dy.numel() == 0) return;
     const auto [sorted, order] = stable_sort(ids);
     const int64_t chunks = (rows + kRun - 1) / kRun;
     Tensor partial = make_empty(dy, {chunks, 2, C}, sums_type(dy));

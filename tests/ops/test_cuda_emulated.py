@@ -33,7 +33,9 @@ def contract(request):
     made = kind()
 
     def elements(case):
-        return max((a.numel() for a in made.inputs(case, torch.float32, "cpu") if isinstance(a, torch.Tensor)), default=0)
+        return max(
+            (a.numel() for a in made.inputs(case, torch.float32, "cpu") if isinstance(a, torch.Tensor)), default=0
+        )
 
     made.cases = [case for case in kind.cases if elements(case) <= MOST]
     assert made.cases
@@ -68,4 +70,5 @@ def test_gradcheck(contract):
 
 
 def test_every_source_has_a_contract():
-    assert {source for source, _ in contracts()} == set(SOURCES)
+    """Or is of an op over lists of tensors (test_cuda_emulated_lists.py)."""
+    assert {source for source, _ in contracts()} | {"adamw_step", "clip_grad_norm"} == set(SOURCES)

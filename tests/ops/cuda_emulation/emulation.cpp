@@ -37,7 +37,7 @@ extern char _end __attribute__((visibility("hidden")));
 namespace emulation {
 namespace {
 
-constexpr size_t kStack = 64 * 1024;
+constexpr size_t kStack = 128 * 1024;  // also a copy of the kernel's parameters, up to 32 KB
 constexpr int kMaxThreads = 1024;
 
 // ---- switching stacks
@@ -603,7 +603,7 @@ void run(const char* kernel, const Config& config, void (*thread)(void*), void* 
     if (stacks == MAP_FAILED) throw std::runtime_error("emulation: no memory for stacks");
   }
   host_stack_low = static_cast<char*>(__builtin_frame_address(0));
-  host_stack_high = host_stack_low + (64 << 10);
+  host_stack_high = host_stack_low + (128 << 10);
   std::vector<char> storage(config.shared + 48);
   const uintptr_t aligned = (reinterpret_cast<uintptr_t>(storage.data()) + 31) / 32 * 32 + 16;  // 16 is all that is promised
   dynamic_region = {aligned, aligned + config.shared, 1, true, true, std::vector<Cell>(config.shared)};

@@ -147,7 +147,7 @@ struct Launched {
   std::tuple<A...> args;
 };
 
-// kernel<<<config>>>(args...) becomes Launch("kernel", config, [&](auto... a) { kernel(a...); })(args...).
+// kernel<<<config>>>(args...) becomes Launch("kernel", config, [&](const auto&... a) { kernel(a...); })(args...).
 template <typename F>
 struct Launch {
   const char* kernel;
@@ -156,7 +156,7 @@ struct Launch {
   Launch(const char* kernel, Config config, F f) : kernel(kernel), config(config), f(f) {}
   template <typename... A>
   void operator()(A... args) {
-    static_assert((sizeof(A) + ... + 0) <= 4096, "a kernel's parameters may take 4 KB");
+    static_assert((sizeof(A) + ... + 0) <= 32764, "a kernel's parameters may take 32,764 bytes");
     static_assert((std::is_trivially_copyable_v<A> && ...), "a kernel's parameters are copied as bytes");
     Launched<F, A...> launched{f, {args...}};
     run(kernel, config, [](void* data) {
