@@ -1,12 +1,12 @@
 """Runs the CUDA kernels of csrc/cuda on a CPU, so that their logic is proved where there is no GPU.
 
-    ops = emulation.build("layer_norm")                 # compiles csrc/cuda/layer_norm.cu, once for all sessions
-    y, mean, rstd = ops.layer_norm(x, w, b, 1e-5)       # its ops, on CPU tensors
-    with emulation.active("layer_norm"):                # torch.ops.fastgpt.<its ops> on the CPU are the emulated ones
+    emulated = emulation.build(emulation.CUDA / "layer_norm.cu")   # compiled once for all sessions
+    y, mean, rstd = emulated.layer_norm(x, w, b, 1e-5)             # its ops, on CPU tensors
+    with emulation.active(emulation.CUDA / "layer_norm.cu"):       # torch.ops.fastgpt.<its ops> are those on the CPU
         fastgpt.ops.layer_norm(x, w, b).sum().backward()
 
 A kernel raises RuntimeError, with its place in the source, the block and the thread, where it
-    - leaves some threads of a block behind at a barrier, or some lanes of a warp at a shuffle, or shuffles out of range;
+    - leaves some threads of a block behind at a barrier or some lanes of a warp at a shuffle, or shuffles out of range;
     - reads or writes outside a tensor or shared memory, or at an address that is not aligned for the access's width;
     - writes through a pointer that came from `const_data_ptr`;
     - races: two threads access the same bytes of shared memory or of a tensor, one of them writes, and no barrier is
@@ -37,14 +37,16 @@ from fastgpt.ops import registry
 
 ROOT = Path(__file__).parents[2]
 RUNTIME = Path(__file__).parent / "cuda_emulation"
+CUDA = ROOT / "csrc/cuda"
 BUILD = ROOT / "build/emulation"
-COMPILER = shutil.which("g++")  # GCC: the runtime stands in for the sanitizers' own, whose interface clang has otherwise
+COMPILER = shutil.which(
+    "g++"
+)  # GCC: the runtime stands in for the sanitizers' own, whose interface clang has otherwise
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-ffp-contract=off", "-g1", "-w"]
 RUNTIME_FLAGS = ["-O2"]
 # -fsanitize=thread makes the compiler call a function of ours before each access to memory; no sanitizer is linked.
 CHECKS = "thread,alignment,bounds,shift,integer-divide-by-zero,signed-integer-overflow"
 KERNEL_FLAGS = ["-O1", f"-fsanitize={CHECKS}"]
-Change = Callable[[str], str]
 
 
 def rewrite(source: str) -> str:
@@ -56,7 +58,9 @@ def rewrite(source: str) -> str:
 
     source = re.sub(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', blank, source, flags=re.S)
     source = re.sub(r"#\s*include\s*<(cuda|cooperative)[^>\n]*>", "", source)
-    source = source.replace("STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA,", "STABLE_TORCH_LIBRARY_IMPL(EMULATED, CPU,")
+    source = source.replace(
+        "STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA,", "STABLE_TORCH_LIBRARY_IMPL(fastgpt_emulated, CPU,"
+    )
     source = re.sub(
         r"extern\s+__shared__\s+(?:(?:__align__|alignas)\s*\(\s*\w+\s*\)\s*)?([^;\[]+?)\s*\b(\w+)\s*\[\s*\]\s*;",
         r"\1* \2 = static_cast<\1*>(emulation::dynamic_shared());",
@@ -69,11 +73,17 @@ def rewrite(source: str) -> str:
 
 
 def _static_shared(match: re.Match[str]) -> str:
-    declaration = match[1]
-    plain = re.sub(r"(?:__align__|alignas)\s*\([^)]*\)", "", declaration)
-    names = [re.search(r"(\w+)\s*(?:\[[^,]*)?$", part)[1] for part in _split(plain)]  # type: ignore[index]
-    declaration = declaration.replace("alignas", "__align__")
-    return f"static {declaration}; " + " ".join(f"emulation::static_shared(&{n}, sizeof({n}));" for n in names)
+    """__shared__ T a[4], b; to references to memory that the runtime gives, full of NaN and with gaps around it."""
+    specifiers = r"(?:__align__|alignas)\s*\([^)]*\)"
+    declaration = "".join(re.findall(specifiers, match[1])).replace("alignas", "__align__")
+    out, named = "", re.sub(specifiers, "", match[1])
+    for i, part in enumerate(_split(named)):
+        name = re.search(r"(\w+)\s*(?:\[.*)?$", part, re.S)
+        assert name, f"not understood: __shared__ {match[1]}"
+        declaration += "," * (i > 0) + f"{part[: name.start(1)]}shared_{name[1]}{part[name.end(1) :]}"
+        out += f" static char key_{name[1]}; auto& {name[1]} = *static_cast<shared_{name[1]}*>("
+        out += f"emulation::static_shared(&key_{name[1]}, sizeof(shared_{name[1]}), alignof(shared_{name[1]})));"
+    return f"typedef {declaration};{out}"
 
 
 def _split(text: str) -> list[str]:
@@ -95,11 +105,13 @@ def _launch(source: str, at: int) -> str:
     while source[start - 1].isspace():
         start -= 1
     if source[start - 1] == ">":  # template arguments
-        depth = 0
+        angles = parentheses = 0
         while True:
             start -= 1
-            depth += (source[start] == ">") - (source[start] == "<")
-            if depth == 0:
+            c = source[start]
+            parentheses += (c == ")") - (c == "(")
+            angles += (c == ">") - (c == "<") if parentheses == 0 else 0
+            if angles == 0 and parentheses == 0:
                 break
     while re.match(r"[\w:]", source[start - 1]):
         start -= 1
@@ -128,18 +140,19 @@ def _made(path: Path, make: Callable[[Path], None]) -> Path:
     return path
 
 
-def _compile(name: str, namespace: str, change: Change) -> Path:
+def _compile(source: Path) -> Path:
     """The library of one CUDA source, from the cache or from g++."""
-    sources = {p.name: rewrite(change(p.read_text())) for p in (ROOT / "csrc/common").glob("*.cuh")}
-    sources[f"{name}.cu"] = rewrite(change((ROOT / f"csrc/cuda/{name}.cu").read_text()))
+    sources = {p.name: rewrite(p.read_text()) for p in [source, *sorted((ROOT / "csrc/common").glob("*.cuh"))]}
     plain = [*sorted((ROOT / "csrc/common").glob("*.h")), *sorted(RUNTIME.iterdir())]
     assert COMPILER
     include = Path(torch.__file__).parent / "include"
     version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True).stdout
-    flags = [*FLAGS, "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-DEMULATED={namespace}", f"-I{include}", f"-I{RUNTIME}"]
+    flags = [*FLAGS, "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{include}", f"-I{RUNTIME}"]
 
     def digest(*parts: object) -> str:
-        return hashlib.sha256(repr((Path(__file__).read_text(), flags, version, torch.__version__, parts)).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            repr((Path(__file__).read_text(), flags, version, torch.__version__, parts)).encode()
+        ).hexdigest()[:16]
 
     runtime_key = digest(RUNTIME_FLAGS, [p.read_text() for p in sorted(RUNTIME.iterdir())])
     runtime = _made(
@@ -153,53 +166,59 @@ def _compile(name: str, namespace: str, change: Change) -> Path:
         for file, text in sources.items():
             (folder / file).write_text(f'#line 1 "{file}"\n{text}')
         command = [COMPILER, *flags, *KERNEL_FLAGS, "-c", "-x", "c++", "-include", str(RUNTIME / "emulation.h")]
-        command += [f"-I{folder}", f"-I{ROOT / 'csrc/common'}", str(folder / f"{name}.cu"), "-o", str(folder / "kernels.o")]
+        command += [
+            f"-I{folder}",
+            f"-I{ROOT / 'csrc/common'}",
+            str(folder / source.name),
+            "-o",
+            str(folder / "kernels.o"),
+        ]
         _run(command)
         libraries = [f"-L{include.parent / 'lib'}", "-ltorch_cpu", "-lc10"]  # and no sanitizer's
-        _run([COMPILER, "-shared", str(folder / "kernels.o"), str(runtime), *libraries, "-o", str(out)])
+        # The runtime comes first: of templates that both have, std::string's say, the linker takes its unchecked ones.
+        _run([COMPILER, "-shared", str(runtime), str(folder / "kernels.o"), *libraries, "-o", str(out)])
         shutil.rmtree(folder)
 
     key = digest(KERNEL_FLAGS, sources, [p.read_text() for p in plain])
-    return _made(BUILD / f"{name}-{key}.so", make)
+    return _made(BUILD / f"{source.stem}-{key}.so", make)
 
 
-def op_names(name: str) -> list[str]:
-    """The ops that csrc/cuda/<name>.cu implements."""
-    return re.findall(r'm\.impl\(\s*"(\w+)"', (ROOT / f"csrc/cuda/{name}.cu").read_text())
+def op_names(source: Path) -> list[str]:
+    """The ops that a CUDA source implements."""
+    return re.findall(r'm\.impl\(\s*"(\w+)"', source.read_text())
 
 
-def build(name: str, namespace: str = "fastgpt_emulated", change: Change = str) -> SimpleNamespace:
-    """The ops of csrc/cuda/<name>.cu, emulated; skips the test where there is no g++.
+def build(source: Path, schemas: dict[str, str] | None = None) -> SimpleNamespace:
+    """The ops of a CUDA source, emulated; skips the test where there is no g++.
 
     Args:
-        namespace: the torch namespace that they live in; another for each `change`.
-        change: makes a mutant of the source (and of csrc/common/*.cuh), to see that a fault is found.
+        schemas: "(Tensor x) -> Tensor" for each op; by default those of the ops' namesakes in `fastgpt`.
     """
     if not COMPILER:
         pytest.skip("needs g++")
-    return _load(name, namespace, change)
+    return _load(source, tuple((schemas or {}).items()))
 
 
 @functools.cache
-def _load(name: str, namespace: str, change: Change) -> SimpleNamespace:
-    names = op_names(name)
+def _load(source: Path, schemas: tuple[tuple[str, str], ...]) -> SimpleNamespace:
+    names = op_names(source)
     for op in names:
-        schema = str(getattr(torch.ops.fastgpt, op).default._schema)
-        torch.library.define(f"{namespace}::{op}", schema[schema.index("(") :])
-    torch.ops.load_library(str(_compile(name, namespace, change)))
-    return SimpleNamespace(**{op: getattr(getattr(torch.ops, namespace), op) for op in names})
+        schema = dict(schemas).get(op) or str(getattr(torch.ops.fastgpt, op).default._schema)
+        torch.library.define(f"fastgpt_emulated::{op}", schema[schema.index("(") :])
+    torch.ops.load_library(str(_compile(source)))
+    return SimpleNamespace(**{op: getattr(torch.ops.fastgpt_emulated, op) for op in names})
 
 
 @contextmanager
-def active(name: str, namespace: str = "fastgpt_emulated", change: Change = str) -> Iterator[None]:
-    """Within it, the CPU kernels of the ops of csrc/cuda/<name>.cu are the emulated CUDA ones, in the whole process."""
-    emulated = build(name, namespace, change)
+def active(source: Path) -> Iterator[None]:
+    """Within it, the CPU kernels of a CUDA source's ops are the emulated CUDA ones, in the whole process."""
+    emulated = build(source)
     library = torch.library.Library("fastgpt", "IMPL")
     before = set(registry._present)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the kernel of the extension is overridden, which is the point
-            for op in op_names(name):
+            for op in op_names(source):
                 library.impl(op, getattr(emulated, op), "CPU")
                 registry._present.add((op, "cpu"))
         yield

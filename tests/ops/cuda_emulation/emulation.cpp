@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -32,6 +33,7 @@ dim3 blockDim, gridDim;
 extern "C" {
 extern char __ehdr_start __attribute__((visibility("hidden")));
 extern char _end __attribute__((visibility("hidden")));
+void fastgpt_emulation_switch(void** save, void* load) __attribute__((visibility("hidden")));
 }
 
 namespace emulation {
@@ -39,6 +41,7 @@ namespace {
 
 constexpr size_t kStack = 128 * 1024;  // also a copy of the kernel's parameters, up to 32 KB
 constexpr int kMaxThreads = 1024;
+constexpr size_t kGap = 256;  // between two __shared__ variables
 
 // ---- switching stacks
 
@@ -46,7 +49,6 @@ constexpr int kMaxThreads = 1024;
 struct Fiber {
   void* sp = nullptr;
 };
-extern "C" void fastgpt_emulation_switch(void** save, void* load) __attribute__((visibility("hidden")));
 asm(R"(
 .text
 .hidden fastgpt_emulation_switch
@@ -146,7 +148,13 @@ struct Warp {
 
 std::mutex running;
 std::vector<std::unique_ptr<Region>> regions;
-std::vector<Region*> statics;  // of the block that runs
+struct Static {  // a __shared__ variable
+  const void* key;
+  int64_t block;  // that last began with it
+  Region region;
+};
+std::vector<std::unique_ptr<Static>> statics;  // of the launch
+alignas(128) char static_bytes[2 * kSharedBytes];
 std::vector<Thread> threads(kMaxThreads);
 Warp warps[kMaxThreads / 32];
 char* stacks = nullptr;
@@ -237,7 +245,10 @@ bool ordered(const Access& before, bool shared) {
 }
 
 [[gnu::noinline]] void check_outside(void* from, uintptr_t a, size_t n, bool write) {
-  if (a >= reinterpret_cast<uintptr_t>(&__ehdr_start) && a + n <= reinterpret_cast<uintptr_t>(&_end)) return;  // globals
+  if (!write && (a < reinterpret_cast<uintptr_t>(static_bytes) || a >= reinterpret_cast<uintptr_t>(std::end(static_bytes))) &&
+      a >= reinterpret_cast<uintptr_t>(&__ehdr_start) && a + n <= reinterpret_cast<uintptr_t>(&_end)) {
+    return;  // constants
+  }
   if (!write && a >= reinterpret_cast<uintptr_t>(host_stack_low) && a + n <= reinterpret_cast<uintptr_t>(host_stack_high)) {
     return;  // the kernel's parameters
   }
@@ -246,8 +257,8 @@ bool ordered(const Access& before, bool shared) {
     if (r->begin <= a && (!near || r->begin > near->begin)) near = r.get();
   }
   if (dynamic_region.begin <= a && a < dynamic_region.end + 4096) near = &dynamic_region;
-  for (const Region* r : statics) {
-    if (r->begin <= a && a < r->end + 4096) near = r;
+  for (const auto& v : statics) {
+    if (v->region.begin <= a && a < v->region.end + kGap) near = &v->region;
   }
   char relative[120] = "memory that is no tensor's";
   if (near && a < near->end + (1 << 20)) {
@@ -260,8 +271,8 @@ bool ordered(const Access& before, bool shared) {
 Region* find(uintptr_t a) {
   if (last_region && a >= last_region->begin && a < last_region->end) return last_region;
   if (a >= dynamic_region.begin && a < dynamic_region.end) return last_region = &dynamic_region;
-  for (Region* r : statics) {
-    if (a >= r->begin && a < r->end) return last_region = r;
+  for (const auto& v : statics) {
+    if (a >= v->region.begin && a < v->region.end) return last_region = &v->region;
   }
   auto after = std::upper_bound(regions.begin(), regions.end(), a, [](uintptr_t v, const auto& r) { return v < r->begin; });
   if (after == regions.begin()) return nullptr;
@@ -408,8 +419,6 @@ void resume(Thread& t) {
 }
 
 void run_block(const Config& config, int order) {
-  statics.clear();
-  last_region = nullptr;
   barriers += 2;  // what the block before did to shared memory is over
   at_barrier = predicates = ended = 0;
   block_is_atomic = false;
@@ -439,14 +448,12 @@ void run_block(const Config& config, int order) {
     }
   }
   size_t used = dynamic_region.end - dynamic_region.begin;
-  for (const Region* r : statics) used += r->end - r->begin;
+  for (const auto& v : statics) used += v->region.end - v->region.begin;
   if (used > shared_limit) {
     failure = std::string(kernel_name) + ": " + std::to_string(used) + " bytes of shared memory, of which a block has " +
         std::to_string(shared_limit);
   }
 }
-
-std::vector<std::unique_ptr<Region>> static_regions;  // found again by address, from launch to launch
 
 }  // namespace
 
@@ -504,21 +511,23 @@ Value exchange(Exchange kind, unsigned mask, Value mine, size_t size, int operan
 
 void* dynamic_shared() { return reinterpret_cast<void*>(dynamic_region.begin); }
 
-void static_shared(void* p, size_t size) {
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(p);
-  for (const Region* r : statics) {
-    if (r->begin == begin) return;
+void* static_shared(const void* key, size_t size, size_t align) {
+  Static* found = nullptr;
+  for (const auto& v : statics) {
+    if (v->key == key) found = v.get();
   }
-  for (const auto& r : static_regions) {
-    if (r->begin == begin) {
-      statics.push_back(r.get());
-      std::memset(p, 0xff, size);
-      return;
-    }
+  if (!found) {
+    const uintptr_t start = statics.empty() ? reinterpret_cast<uintptr_t>(static_bytes) : statics.back()->region.end + kGap;
+    const uintptr_t begin = (start + align - 1) / align * align;
+    if (begin + size > reinterpret_cast<uintptr_t>(std::end(static_bytes))) fail("more __shared__ variables than a GPU has");
+    Region region{begin, begin + size, 1, true, true, std::vector<Cell>(size)};
+    statics.push_back(std::make_unique<Static>(Static{key, -1, std::move(region)}));
+    found = statics.back().get();
   }
-  static_regions.push_back(std::make_unique<Region>(Region{begin, begin + size, 1, true, true, std::vector<Cell>(size)}));
-  statics.push_back(static_regions.back().get());
-  std::memset(p, 0xff, size);
+  void* p = reinterpret_cast<void*>(found->region.begin);
+  if (found->block != block_number) std::memset(p, 0xff, size);
+  found->block = block_number;
+  return p;
 }
 
 void memory(const void* p, size_t size, bool writable, size_t granule) {
@@ -614,6 +623,8 @@ void run(const char* kernel, const Config& config, void (*thread)(void*), void* 
   blockDim = config.block;
   gridDim = config.grid;
   failure.clear();
+  statics.clear();
+  last_region = nullptr;
   ++launches;
   const int order = static_cast<int>(launches % 2);  // threads and blocks from the first or from the last
   const int64_t blocks = static_cast<int64_t>(config.grid.x) * config.grid.y * config.grid.z;

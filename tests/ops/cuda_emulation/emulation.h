@@ -133,7 +133,7 @@ Value exchange(Exchange kind, unsigned mask, Value mine, size_t size, int operan
 int barrier(int predicate, const char* file, int line);
 
 void* dynamic_shared();
-void static_shared(void* p, size_t size);  // a __shared__ variable: the thread passes its declaration
+void* static_shared(const void* key, size_t size, size_t align);  // a __shared__ variable, known by `key`
 void tensor(AtenTensorHandle t, const void* p, bool writable);  // a tensor's memory is handed to kernels
 void memory(const void* p, size_t size, bool writable, size_t granule);
 void copied(const void* device, size_t size, bool written);  // the host copies from or to device memory
