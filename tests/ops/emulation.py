@@ -99,7 +99,7 @@ def _split(text: str) -> list[str]:
 
 
 def _launch(source: str, at: int) -> str:
-    """kernel<T><<<config>>>( to emulation::Launch("kernel<T>", {config}, [&](const auto&... a) { kernel<T>(...); })(."""
+    """kernel<T><<<config>>>( to emulation::Launch("kernel<T>", {config}, [&](const auto&... a) { kernel<T>(...); })("""
     end = source.index(">>>", at)
     start = at
     while source[start - 1].isspace():

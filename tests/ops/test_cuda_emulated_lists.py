@@ -14,13 +14,13 @@ from fastgpt import ops
 
 @pytest.fixture
 def emulated_adamw():
-    with emulation.active("adamw_step"):
+    with emulation.active(emulation.CUDA / "adamw_step.cu"):
         yield
 
 
 @pytest.fixture
 def emulated_clip():
-    with emulation.active("clip_grad_norm"):
+    with emulation.active(emulation.CUDA / "clip_grad_norm.cu"):
         yield
 
 
@@ -51,18 +51,6 @@ class TestAdamWStep:
         adamw.check_accuracy(adamw.lists(shapes=[(2,)] * 1200))
         adamw.check_accuracy(adamw.lists(shapes=[(0,), (3, 0)]))
 
-    def test_a_mutant_is_found(self):
-        """One element more than the tensor has, in the scalar tail."""
-
-        def change(source):
-            return source.replace("i < count; i += kThreads", "i <= count; i += kThreads")
-
-        with (
-            emulation.active("adamw_step", "fastgpt_emulated_mutant", change),
-            pytest.raises(RuntimeError, match="outside"),
-        ):
-            adamw.check_accuracy(adamw.lists(shapes=[(7,)]))
-
 
 @pytest.mark.usefixtures("emulated_clip")
 class TestClipGradNorm:
@@ -86,7 +74,7 @@ class TestClipGradNorm:
 
 
 def test_a_wrong_id_on_a_gpu_gives_nan_and_no_gradient():
-    with emulation.active("embedding"):
+    with emulation.active(emulation.CUDA / "embedding.cu"):
         ids, wte, wpe = args(((0, 7, -1, 2),))
         wte.requires_grad_()
         y = ops.embedding(ids, wte, wpe)
@@ -98,7 +86,7 @@ def test_a_wrong_id_on_a_gpu_gives_nan_and_no_gradient():
 
 def test_runs_of_an_id_that_end_where_blocks_do():
     """An id's tokens are 1 to 100, so that runs begin, end and go on at every position of a block of 32."""
-    with emulation.active("embedding"):
+    with emulation.active(emulation.CUDA / "embedding.cu"):
         counts = torch.tensor([32, 1, 31, 64, 100, 28, 5, 32, 3])
         ids = torch.arange(9).repeat_interleave(counts)[torch.randperm(296, generator=torch.Generator().manual_seed(0))]
         wte, wpe = torch.zeros(9, 2, requires_grad=True), torch.zeros(37, 2)
