@@ -19,15 +19,24 @@ namespace {
 constexpr const char* kName = "clip_grad_norm";
 constexpr int64_t kPiece = 65536;
 
+// As four chains: one is bound by the latency of an addition, at half the speed.
 template <typename T, typename A>
 FASTGPT_INLINE double squares_of(const T* g, int64_t n) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    const double d = load<A>(g[i]);
-    sum += d * d;
+  const int64_t q = n / 4;
+  double s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+  for (int64_t i = 0; i < q; ++i) {
+    const double a = load<A>(g[i]), b = load<A>(g[i + q]), c = load<A>(g[i + 2 * q]), d = load<A>(g[i + 3 * q]);
+    s0 += a * a;
+    s1 += b * b;
+    s2 += c * c;
+    s3 += d * d;
   }
-  return sum;
+  for (int64_t i = 4 * q; i < n; ++i) {
+    const double d = load<A>(g[i]);
+    s0 += d * d;
+  }
+  return (s0 + s1) + (s2 + s3);
 }
 
 // GCC clones plain functions only, not templates: one a dtype.
