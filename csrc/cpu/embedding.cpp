@@ -11,6 +11,7 @@
 // written once: no atomics, and the same bits for any number of threads.
 
 #include <algorithm>
+#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -64,12 +65,15 @@ template <typename T, typename A>
 FASTGPT_INLINE void token_rows(
     const T* dy, const int64_t* starts, const int64_t* order, T* dwte, A* scratch, int64_t first, int64_t last,
     int64_t C) {
-  for (int64_t v = first; v < last; ++v) {
-    const int64_t begin = starts[v], count = starts[v + 1] - begin;
-    if (count == 0) {
-      std::fill(dwte + v * C, dwte + (v + 1) * C, T(0));
-    } else {
-      sum_rows<T, A>(dy, dwte + v * C, scratch, scratch + C, count, C, [=](int64_t k) { return order[begin + k]; });
+  for (int64_t v = first; v < last;) {
+    int64_t stop = v;
+    while (stop < last && starts[stop + 1] == starts[v]) ++stop;  // rows that no token names, as one stretch of zeros
+    std::memset(static_cast<void*>(dwte + v * C), 0, (stop - v) * C * sizeof(T));
+    v = stop;
+    for (; v < last && starts[v + 1] > starts[v]; ++v) {
+      const int64_t* tokens = order + starts[v];
+      const int64_t count = starts[v + 1] - starts[v];
+      sum_rows<T, A>(dy, dwte + v * C, scratch, scratch + C, count, C, [=](int64_t k) { return tokens[k]; });
     }
   }
 }

@@ -48,8 +48,10 @@ class AdamW(torch.optim.AdamW):
         return loss
 
     def _has_kernel(self, params: list[Tensor]) -> bool:
+        scaler = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))  # set by torch.amp.GradScaler.step
         return (
-            all(registry.takes_kernel(op, p) for op in ("adamw_step", "clip_grad_norm") for p in params[:1])
+            all(s is None for s in scaler)
+            and all(registry.takes_kernel(op, p) for op in ("adamw_step", "clip_grad_norm") for p in params[:1])
             and all(_is_plain(p) and p.device == params[0].device for p in params)
             and not any(
                 g[o] for g in self.param_groups for o in ("amsgrad", "maximize", "capturable", "differentiable")

@@ -257,6 +257,31 @@ def test_compiles_whole(backend):
             torch.testing.assert_close(found[k], want[k])
 
 
+@pytest.mark.gpu
+def test_a_cuda_graph_replays_with_new_scalars():
+    given = [[t.cuda() for t in part] if part else None for part in lists()]
+    step, lr = torch.tensor(1.0, device="cuda"), torch.tensor(0.1, device="cuda")
+
+    def update(params, grads, m, v):
+        _, factor = ops.clip_grad_norm(grads, 0.5)
+        ops.adamw_step(params, grads, m, v, step=step, grad_scale=factor, **{**OPTIONS, "lr": lr})
+
+    mine = [[t.clone() for t in part] for part in given[:4]]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        update(*[[t.clone() for t in part] for part in given[:4]])  # a first call loads the kernels
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update(*mine)
+    for number in (1.0, 2.0):
+        step.fill_(number)
+        lr.fill_(0.1 * number)
+        graph.replay()
+        update(*given[:4])
+        for part, want in zip(mine, given, strict=False):
+            assert all(torch.equal(a, b) for a, b in zip(part, want, strict=True))
+
+
 def test_reference_can_be_forced():
     given = lists()
     with ops.using("reference"):

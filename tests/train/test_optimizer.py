@@ -154,6 +154,18 @@ def test_what_the_kernel_does_not_take_goes_another_way(change):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_a_step_that_a_gradient_scaler_found_infinite_is_skipped():
+    model = small_model()
+    opt = build_optimizer(model, lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    backward(model, 0)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones((), requires_grad=True))  # makes the scale
+    model[1].weight.grad[0, 0] = torch.inf
+    scaler.step(opt)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
 def test_a_closure_gives_the_gradients_of_the_step():
     model = small_model()
     opt = build_optimizer(model, lr=0.1)
