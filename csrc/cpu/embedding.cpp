@@ -162,6 +162,7 @@ std::tuple<Tensor, Tensor> embedding_backward(
       offset >= 0 && offset + length <= positions, "embedding_backward: offset + T must be at most the positions");
   Tensor dwte = make_empty(dy, {vocab, C}, dy.scalar_type());
   Tensor dwpe = make_empty(dy, {positions, C}, dy.scalar_type());
+  if (C == 0) return {dwte, dwpe};
 
   // Counting sort, stable: order holds the tokens by id, starts[v] where those of id v begin.
   const int64_t* ip = static_cast<const int64_t*>(ids.const_data_ptr());
@@ -180,7 +181,7 @@ std::tuple<Tensor, Tensor> embedding_backward(
     // A row costs one write and as many reads as it has tokens: row v ends where v + starts[v] says, so blocks of equal
     // work are found by bisection.
     const int64_t work = vocab + rows;
-    const int64_t blocks = row_blocks(work, kMinElements / std::max<int64_t>(1, C));
+    const int64_t blocks = row_blocks(work, kMinElements / C);
     auto boundary = [&](int64_t block) {
       int64_t low = 0, high = vocab;
       while (low < high) {

@@ -4,10 +4,10 @@
 //   m = m + (1 - beta1) * (g - m),  v = beta2 * v + (1 - beta2) * g^2
 //   p = p - lr / (1 - beta1^k) * m / (sqrt(v) / sqrt(1 - beta2^k) + eps)
 //
-// Memory decides: 28 bytes an element, in fp32 as with 16-bit parameters and masters. One launch takes up to 600 tensors,
-// whose table is in the kernel's parameters; four blocks an SM take chunks of 4,096 elements in turn, and a thread has
-// 7 or 8 loads of 16 bytes in flight. step, lr and grad_scale may be on the device: thread 0 of each block reads them
-// and makes what all elements share, in double, so that a graph replays with new values and nothing waits for them.
+// Memory decides: 28 bytes an element, in fp32 as with 16-bit parameters and masters. One launch takes up to 600
+// tensors, whose table is in the kernel's parameters; four blocks an SM take chunks of 4,096 elements in turn, and a
+// thread has 7 or 8 loads of 16 bytes in flight. step, lr and grad_scale may be on the device: thread 0 of each block
+// reads them and makes what all elements share, in double, so that a graph replays with new values and nothing waits.
 
 #include "tensor_list.cuh"
 
@@ -191,7 +191,8 @@ void adamw_step_cuda(
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     };
     for_tables<5, 600>(
-        {{params, true}, {grads, false}, {exp_avgs, true}, {exp_avg_sqs, true}, {masters, true}}, kChunk, kName, launch);
+        {{params, true}, {grads, false}, {exp_avgs, true}, {exp_avg_sqs, true}, {masters, true}}, kChunk, kName,
+        launch);
   });
 }
 

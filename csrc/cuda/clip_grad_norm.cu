@@ -4,9 +4,9 @@
 //
 // Memory decides: the gradients are read once and not written. A fixed grid of four blocks an SM takes chunks of 8,192
 // elements in turn, in one launch for each dtype, and leaves one sum a block in `partial`; a second kernel of one block
-// adds those in order: no atomics, bitwise the same every time on one GPU, and nothing waits for the result. Squares are
-// in double: fp32 squares overflow from 1.8e19 and vanish below 1e-23, and at one conversion and one fused multiply-add
-// an element the loads still decide.
+// adds those in order: no atomics, bitwise the same every time on one GPU, and nothing waits for the result. Squares
+// are in double: fp32 squares overflow from 1.8e19 and vanish below 1e-23, and at one conversion and one fused
+// multiply-add an element the loads still decide.
 
 #include "tensor_list.cuh"
 

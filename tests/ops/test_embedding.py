@@ -84,6 +84,13 @@ class TestEmbedding(OpContract):
         ids, wte, wpe, _ = self.inputs((3, 17, 40, 24, 20, 0), torch.float32, "cpu")
         assert torch.equal(ops.embedding(ids, wte, wpe, 2), F.embedding(ids, wte) + wpe[2:19])
 
+    def test_tables_without_columns(self):
+        ids, wte, wpe = args(width=0)
+        y = ops.embedding(ids, wte.requires_grad_(), wpe.requires_grad_())
+        assert y.shape == (2, 2, 0)
+        y.sum().backward()
+        assert (wte.grad.shape, wpe.grad.shape) == ((5, 0), (4, 0))
+
     def test_rows_that_no_id_names_get_exactly_zero(self):
         wte, wpe = (torch.ones(n, 6, requires_grad=True) for n in (9, 8))
         dirt = [torch.full((n, 6), torch.nan) for n in (9, 8) for _ in range(8)]
