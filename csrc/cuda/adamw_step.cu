@@ -6,7 +6,7 @@
 //
 // Memory decides: 28 bytes an element, in fp32 as with 16-bit parameters and masters. One launch takes up to 600
 // tensors, whose table is in the kernel's parameters; four blocks an SM take chunks of 4,096 elements in turn, and a
-// thread has 7 or 8 loads of 16 bytes in flight. step, lr and grad_scale may be on the device: thread 0 of each block
+// thread has up to 8 loads of 16 bytes in flight. step, lr and grad_scale may be on the device: thread 0 of each block
 // reads them and makes what all elements share, in double, so that a graph replays with new values and nothing waits.
 
 #include "tensor_list.cuh"

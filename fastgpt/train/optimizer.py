@@ -60,17 +60,18 @@ class AdamW(torch.optim.AdamW):
 
     def _update(self, group: dict[str, Any], factor: Tensor) -> None:
         self._move_steps(group, "cpu")  # a number that is known here: nothing waits for it
-        alike = defaultdict(list)  # one call takes one step and one dtype; usually all parameters have the same
-        for p in group["params"]:
-            if p.grad is None:
-                continue
+        params = [p for p in group["params"] if p.grad is not None]
+        for p in params:
             state = self.state[p]
             if not state:
                 state["step"] = torch.tensor(0.0)
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["step"] += 1
-            alike[state["step"].item(), p.dtype].append(p)
+        if params:
+            torch._foreach_add_([self.state[p]["step"] for p in params], 1)
+        alike = defaultdict(list)  # one call takes one step and one dtype; usually all parameters have the same
+        for p in params:
+            alike[self.state[p]["step"].item(), p.dtype].append(p)
         for (step, _), params in alike.items():
             ops.adamw_step(
                 params,
