@@ -1,6 +1,6 @@
 """The CUDA kernels on a CPU (emulation.py): the clauses of each op's contract that ask of values, and faults to find.
 
-Every csrc/cuda/<name>.cu takes the contracts in tests/ops/test_<name>.py of the ops that it implements.
+Every CUDA source takes the contracts of the ops that it implements, from tests/ops/test_<op>.py.
 """
 
 import importlib
@@ -19,10 +19,15 @@ MOST = 2**15  # elements of the largest case: the emulator takes some 0.1 us eac
 def contracts() -> list[tuple[Path, type[OpContract]]]:
     found = []
     for source in SOURCES:
-        module = importlib.import_module(f"test_{source.stem}")
-        for _, contract in inspect.getmembers(module, inspect.isclass):
-            if issubclass(contract, OpContract) and getattr(contract, "name", "") in emulation.op_names(source):
-                found.append((source, contract))
+        names = emulation.op_names(source)
+        for name in dict.fromkeys([source.stem, *names]):
+            if not Path(__file__).with_name(f"test_{name}.py").exists():
+                continue
+            module = importlib.import_module(f"test_{name}")
+            for _, contract in inspect.getmembers(module, inspect.isclass):
+                own = issubclass(contract, OpContract) and contract.__module__ == module.__name__
+                if own and contract.name in names:
+                    found.append((source, contract))
     return found
 
 
