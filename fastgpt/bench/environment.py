@@ -69,3 +69,34 @@ def environment(device: str) -> dict[str, str | int]:
             if (frequency / file).exists():
                 found[key] = (frequency / file).read_text().strip()
     return found
+
+
+class Neighbours:
+    """How many of the cores that this process may use others took, from when this was made until now."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    def cores(self) -> float | None:
+        """None where the system does not tell (other than Linux)."""
+        now = self._now()
+        if now is None or self.start is None or now[0] == self.start[0]:
+            return None
+        wall, busy, own = (b - a for a, b in zip(self.start, now, strict=True))
+        return max(0.0, (busy - own) / wall)
+
+    def _now(self) -> tuple[float, float, float] | None:
+        """Wall time, busy time of those cores, this process's own time, in seconds."""
+        try:
+            lines = Path("/proc/stat").read_text().splitlines()
+        except OSError:
+            return None
+        mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        ticks = 0
+        for line in lines:
+            name, *values = line.split()
+            if name in mine:
+                user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, values[:8])
+                ticks += user + nice + system + irq + softirq + steal
+        times = os.times()
+        return times.elapsed, ticks / os.sysconf("SC_CLK_TCK"), sum(times[:4])

@@ -307,7 +307,7 @@ def lora_linear(where: Where) -> Iterator[Case]:
             where.randn(n_out, rank, std=0.02, grad=True),
             scaling,
         )
-        library = [Contender("frozen F.linear alone", lambda x, w, b, *_: F.linear(x, w, b))]
+        library = [Contender("frozen F.linear alone", F.linear, args[:3])]
         if peft is not None:
             library.append(Contender("PEFT", lambda x, *_, layer=peft: layer(x), (args[0], *peft.parameters())))
         yield Case(

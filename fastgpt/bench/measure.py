@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.bench.environment import environment, machine_name
+from fastgpt.bench.environment import Neighbours, cores, environment, machine_name
 from fastgpt.bench.kernels import KERNELS, Case, Contender, Where, Work
 from fastgpt.bench.timing import Call, Timed, interleave, peak_bytes
 from fastgpt.ops import registry
 
 OURS = "fastgpt"
 SECONDS, SECONDS_TARGET, SECONDS_QUICK = 0.25, 0.7, 0.01  # of timing for each contender
+BUSY = 0.1  # others' share of the cores from which figures are not to be trusted
 COPY_BYTES = 512 << 20  # the most that a copy moves, read and write: larger ones run at the same rate
 MATMUL = {"quick": 128, "cpu": 2048, "cuda": 8192}  # rows, columns and depth of the square product
 
@@ -84,8 +85,14 @@ def measure(op: str, device: str, quick: bool, machine: str | None, say: Callabl
     where = Where(device, dtype, "quick" if quick else device)
     notes: list[str] = []
     rows: list[Row] = []
+    neighbours = Neighbours()
     for case in KERNELS[op](where):
         rows += _rows(op, case, where, notes, say)
+    taken = neighbours.cores() or 0.0
+    if taken > BUSY * cores():
+        notes.append(
+            f"busy machine: others took {taken:.1f} of {cores()} cores meanwhile; measure again when it is idle"
+        )
     used = registry.implementation(op, device)
     return Result(
         op=op,

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def environment_line(result: Result) -> str:
 def print_result(result: Result, console: Console) -> None:
     """All shapes and passes of an op, and the fine print."""
     others = list(dict.fromkeys(row.contender for row in result.rows if row.contender != OURS))
-    table = _table("shape", "pass", right=["time", "spread", *others, "rate", "roof", "MiB"])
+    table = _table("shape", "pass", right=["time", "spread", *map(_heading, others), "rate", "roof", "MiB"])
     shape = ""
     for group in groups(result.rows):
         ours, library = ours_of(group), best_library(group)
@@ -116,12 +117,22 @@ def comparison(group: list[Row]) -> tuple[str, str, str]:
     return other.contender, f"{other.ratio:.2f}x", memory
 
 
+def _heading(name: str) -> str:
+    """A contender's name in lines of about nine letters."""
+    lines = [""]
+    for piece in re.split(r"(?<=[ ,_=])|(?=[.(])", name):
+        if len(lines[-1] + piece.strip()) > 9:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.strip() for line in lines if line)
+
+
 def _table(*left: str, right: list[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in left:
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, no_wrap=name != "shape")
     for name in right:
-        table.add_column(name, justify="right", no_wrap=name in ("time", "rate", "MiB"))
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
@@ -182,10 +193,11 @@ def draw(result: Result) -> bytes:
                 continue
             _panel(panel, rows, contenders)
             panel.set_title(f"{name}, {direction}".removeprefix(", "), fontsize=10)
-    handles = {
+    found = {
         label: line for panel in panels.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    handles = {name: found[name] for name in [*contenders, "roofline"] if name in found}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     figure.suptitle(f"{result.op}, {result.dtype}: {environment_line(result)}", fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -193,7 +205,7 @@ def draw(result: Result) -> bytes:
 
 
 def _panel(panel: Any, rows: list[Row], contenders: list[str]) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator
 
     memory = sum(row.memory_bound for row in rows) * 2 > len(rows)
     small = max(row.tflop_per_s for row in rows) < 1
@@ -232,10 +244,9 @@ def _panel(panel: Any, rows: list[Row], contenders: list[str]) -> None:
     panel.set_ylabel("GB/s" if memory else "GFLOP/s" if small else "TFLOP/s", fontsize=9)
     sizes = sorted({row.size for row in rows})
     panel.set_xticks(sizes, [_count(size) for size in sizes])
-    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.minorticks_off()
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-    panel.yaxis.set_minor_formatter(NullFormatter())
     panel.tick_params(labelsize=8)
     panel.grid(alpha=0.3, which="major")
     panel.spines[["top", "right"]].set_visible(False)
