@@ -422,7 +422,7 @@ def adamw_step(where: Where) -> Iterator[Case]:
 
         for clipped in (False, True):
             yield Case(
-                f"{count / 1e6:.3g}M in {len(params)}{', clipped' if clipped else ''}",
+                f"{count / 1e6:.3g}M parameters{', clipped' if clipped else ''}",
                 count,
                 "parameters",
                 {"step": Work((32 if clipped else 28) * count)},  # reads p, g, m, v; writes p, m, v; the norm reads g
@@ -436,12 +436,16 @@ def adamw_step(where: Where) -> Iterator[Case]:
 
 
 KERNELS: dict[str, Callable[[Where], Iterator[Case]]] = {
-    "layer_norm": layer_norm,
-    "add_layer_norm": add_layer_norm,
-    "bias_gelu": bias_gelu,
-    "attention": attention,
-    "linear_cross_entropy": linear_cross_entropy,
-    "lora_linear": lora_linear,
-    "embedding": embedding,
-    "adamw_step": adamw_step,
+    entry.__name__: entry
+    for entry in (
+        layer_norm,
+        add_layer_norm,
+        bias_gelu,
+        attention,
+        linear_cross_entropy,
+        lora_linear,
+        embedding,
+        adamw_step,
+    )
+    if hasattr(ops, entry.__name__)
 }

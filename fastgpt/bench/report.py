@@ -24,19 +24,25 @@ COLORS = ["#08519c", "#d94801", "#238b45", "#6a51a3", "#b8860b", "#c51b8a"]
 
 
 def duration(ms: float) -> str:
-    """Three digits: "1.52 ms", "6.10 us", "2.31 s"."""
-    value, unit = (ms * 1e3, "us") if ms < 0.1 else (ms, "ms") if ms < 1e3 else (ms / 1e3, "s")
+    """Three digits: "6.10 us", "152 us", "1.52 ms", "2.31 s"."""
+    value, unit = (ms * 1e3, "us") if ms < 1 else (ms, "ms") if ms < 1e3 else (ms / 1e3, "s")
     return f"{value:.{max(0, 3 - len(str(int(value))))}f} {unit}"
 
 
 def rate(row: Row) -> str:
-    if row.memory_bound:
-        return f"{row.gb_per_s:.3g} GB/s" if row.gb_per_s < 1000 else f"{row.gb_per_s / 1e3:.2f} TB/s"
-    return f"{row.tflop_per_s * 1e3:.0f} GFLOP/s" if row.tflop_per_s < 1 else f"{row.tflop_per_s:.0f} TFLOP/s"
+    value, units = (row.gb_per_s, "GB/s TB/s") if row.memory_bound else (row.tflop_per_s * 1e3, "GFLOP/s TFLOP/s")
+    small, large = units.split()
+    return f"{value:.3g} {small}" if value < 1000 else f"{value / 1e3:.3g} {large}"
+
+
+def factor(ratio: float) -> str:
+    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.0f}x"
 
 
 def mebibytes(n: int | None) -> str:
-    return "?" if n is None else f"{n / 2**20:.3g}" if n < 1000 << 20 else f"{n / 2**20:,.0f}"
+    if n is None:
+        return "?"
+    return f"{n / 2**20:,.0f}" if n >= 10 << 20 else f"{n / 2**20:.2f}"
 
 
 def spread(row: Row) -> str:
@@ -79,7 +85,7 @@ def print_result(result: Result, console: Console) -> None:
             ours.direction,
             duration(ours.median_ms),
             spread(ours),
-            *(f"{by_name[name].ratio:.2f}x" if name in by_name else "" for name in others),
+            *(factor(by_name[name].ratio) if name in by_name else "" for name in others),
             rate(ours),
             f"{ours.roofline:.0%}",
             mebibytes(ours.peak_bytes) + (f" / {mebibytes(library.peak_bytes)}" if library else ""),
@@ -94,33 +100,33 @@ def print_result(result: Result, console: Console) -> None:
 
 def print_summary(results: list[Result], console: Console) -> None:
     """One line for each shape that has a target."""
-    table = _table("op", "shape", "pass", right=["time", "roof", "memory"])
-    table.add_column("times as fast as", no_wrap=True)
+    table = _table("op, shape", "pass", right=["time", "roof", "memory"])
+    table.add_column("times as fast as")
     for result in results:
+        table.add_row(result.op)
         for group in groups(result.rows):
             ours = ours_of(group)
             if ours.headline:
-                against, ratio, memory = comparison(group)
-                speed = f"{ratio} {against}"
+                speed, memory = comparison(group)
                 time = duration(ours.median_ms)
-                table.add_row(ours.op, ours.shape, ours.direction, time, f"{ours.roofline:.0%}", memory, speed)
+                table.add_row(f"  {ours.shape}", ours.direction, time, f"{ours.roofline:.0%}", memory, speed)
     console.print(table)
 
 
-def comparison(group: list[Row]) -> tuple[str, str, str]:
-    """The fastest library kernel (or the reference, if there is none), how many times as fast as it, of its memory."""
+def comparison(group: list[Row]) -> tuple[str, str]:
+    """How many times as fast as the fastest library kernel (or the reference, if there is none), of its memory."""
     ours = ours_of(group)
     other = best_library(group) or next(row for row in group if row.contender == "reference")
-    memory = "?"
+    memory = "-"
     if ours.peak_bytes is not None and other.peak_bytes:
-        memory = f"{ours.peak_bytes / other.peak_bytes:.2f}x"
-    return other.contender, f"{other.ratio:.2f}x", memory
+        memory = factor(ours.peak_bytes / other.peak_bytes)
+    return f"{factor(other.ratio)} {other.contender}", memory
 
 
 def _heading(name: str) -> str:
     """A contender's name in lines of about nine letters."""
     lines = [""]
-    for piece in re.split(r"(?<=[ ,_=])|(?=[.(])", name):
+    for piece in re.split(r"(?<=[ ,_=])|(?<=\w{4})(?=[.(])", name):
         if len(lines[-1] + piece.strip()) > 9:
             lines.append("")
         lines[-1] += piece

@@ -21,9 +21,9 @@ def markdown(results: list[Result]) -> str:
             ours = ours_of(group)
             if not ours.headline:
                 continue
-            against, ratio, memory = comparison(group)
+            speed, memory = comparison(group)
             cells = [f"`{ours.op}`", ours.shape, result.machine, ours.direction, duration(ours.median_ms)]
-            cells += [f"{ratio} {against}", f"{ours.roofline:.0%}", memory]
+            cells += [speed, f"{ours.roofline:.0%}", memory]
             lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
     for machine in sorted({result.machine for result in results}):

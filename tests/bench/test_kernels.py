@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt import ops
 from fastgpt.bench import measure, timing
 from fastgpt.bench.environment import machine_name
 from fastgpt.bench.kernels import KERNELS, Where
@@ -67,15 +66,13 @@ def test_csv_and_json_hold_the_same_consistent_figures(results):
 
 
 def test_what_cannot_be_measured_is_one_line(refused, monkeypatch):
-    assert "--op fly is no op: take layer_norm, add_layer_norm" in refused("bench", "kernels", "--op", "fly")
+    assert "--op fly is no op: take layer_norm, " in refused("bench", "kernels", "--op", "fly")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "sees no GPU" in refused("bench", "kernels", "--device", "cuda")
 
 
 @pytest.mark.parametrize("op", KERNELS)
 def test_contenders_compute_the_same(op):
-    if not hasattr(ops, op):
-        pytest.skip(f"{op} is not there yet")
     seen = 0
     for case in KERNELS[op](Where("cpu", torch.float32, "quick")):
         for contender in case.library:
@@ -97,8 +94,6 @@ def _tensors(y):
 
 @pytest.mark.parametrize("op", KERNELS)
 def test_every_op_can_be_measured(op):
-    if not hasattr(ops, op):
-        pytest.skip(f"{op} is not there yet")
     result = measure.measure(op, "cpu", quick=True, machine="here", say=lambda _: None)
     assert any(row.headline for row in result.rows)
     assert not any("left out at" in note for note in result.notes), result.notes
