@@ -49,6 +49,7 @@ def kernels(
             files = report.write(result, out / result.machine)
             console.print(f"saved {', '.join(map(str, files))}", markup=False, soft_wrap=True)
         console.print()
+        console.file.flush()  # in a file, too, a result is there when it is made
     console.print(report.LEGEND, style="dim", soft_wrap=True)
     if len(results) > 1:
         report.print_summary(results, console)
