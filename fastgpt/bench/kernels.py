@@ -52,6 +52,7 @@ class Case:
         target: a shape that the project sets itself targets for: it goes into the short table and the README, with its
             forward and backward or what `headline` names.
         series: cases of one series are points of one line.
+        dtype: of the tensors, where it is not the one that is measured in.
     """
 
     shape: str
@@ -65,6 +66,7 @@ class Case:
     target: bool = False
     headline: tuple[str, ...] = ("forward", "backward", "step")
     series: str = ""
+    dtype: torch.dtype | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -432,6 +434,7 @@ def adamw_step(where: Where) -> Iterator[Case]:
                 [Contender("AdamW(fused=True)", lambda clipped=clipped, fn=fused: fn(clipped=clipped))],
                 target=target,
                 series="with clip_grad_norm" if clipped else "step alone",
+                dtype=torch.float32,
             )
 
 

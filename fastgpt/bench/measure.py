@@ -19,6 +19,7 @@ OURS = "fastgpt"
 SECONDS, SECONDS_TARGET, SECONDS_QUICK = 0.25, 0.7, 0.01  # of timing for each contender
 BUSY = 0.1  # others' share of the cores from which figures are not to be trusted
 COPY_BYTES = 512 << 20  # the most that a copy moves, read and write: larger ones run at the same rate
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 MATMUL = {"quick": 128, "cpu": 2048, "cuda": 8192}  # rows, columns and depth of the square product
 
 
@@ -32,6 +33,7 @@ class Row:
 
     op: str
     shape: str
+    dtype: str
     series: str
     size: int
     size_name: str
@@ -63,7 +65,6 @@ class Result:
 
     op: str
     device: str
-    dtype: str
     machine: str
     implementation: str
     environment: dict[str, str | int]
@@ -97,7 +98,6 @@ def measure(op: str, device: str, quick: bool, machine: str | None, say: Callabl
     return Result(
         op=op,
         device=device,
-        dtype=str(dtype).removeprefix("torch."),
         machine=machine or machine_name(device),
         implementation=used.name if used.name != "reference" else f"its reference, as {used.reason}",
         environment=environment(device),
@@ -126,7 +126,8 @@ def _rows(op: str, case: Case, where: Where, notes: list[str], say: Callable[[st
         floors = _floors(work, timed, where)
         library = {contender.name for contender in case.library}
         for name, call in calls.items():
-            yield _row(op, case, direction, name, name in library, timed, floors, peak_bytes(call, where.device))
+            peak = peak_bytes(call, where.device)
+            yield _row(op, case, where, direction, name, name in library, timed, floors, peak)
 
 
 def _contenders(case: Case, where: Where, notes: list[str]) -> list[Contender]:
@@ -228,6 +229,7 @@ def _floors(work: Work, timed: dict[str, Timed], where: Where) -> _Floors:
 def _row(
     op: str,
     case: Case,
+    where: Where,
     direction: str,
     name: str,
     library: bool,
@@ -245,6 +247,7 @@ def _row(
     return Row(
         op=op,
         shape=case.shape,
+        dtype=SHORT[case.dtype or where.dtype],
         series=case.series,
         size=case.size,
         size_name=case.size_name,

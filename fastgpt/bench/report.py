@@ -91,7 +91,7 @@ def print_result(result: Result, console: Console) -> None:
             mebibytes(ours.peak_bytes) + (f" / {mebibytes(library.peak_bytes)}" if library else ""),
         )
         shape = ours.shape
-    console.print(f"[bold]{result.op}[/bold] on {result.device} ({result.implementation}), {result.dtype}")
+    console.print(f"[bold]{result.op}[/bold] on {result.device} ({result.implementation}), {result.rows[0].dtype}")
     console.print(environment_line(result), markup=False)
     console.print(table)
     for note in result.notes:
@@ -146,7 +146,7 @@ def write(result: Result, folder: Path) -> list[Path]:
     """Writes <op>.csv, <op>.json and <op>.png into the folder, which is made; other ops' files there stay."""
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    head = {"device": result.device, "dtype": result.dtype, "machine": result.machine}
+    head = {"device": result.device, "machine": result.machine}
     head |= {key: str(result.environment[key]) for key in ("date", "threads", "torch")}
     text = io.StringIO()
     writer = csv.DictWriter(text, [*head, *(field.name for field in fields(Row))], lineterminator="\n")
@@ -204,7 +204,7 @@ def draw(result: Result) -> bytes:
     }
     handles = {name: found[name] for name in [*contenders, "roofline"] if name in found}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
-    figure.suptitle(f"{result.op}, {result.dtype}: {environment_line(result)}", fontsize=10)
+    figure.suptitle(f"{result.op}, {result.rows[0].dtype}: {environment_line(result)}", fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

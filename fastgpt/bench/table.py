@@ -22,14 +22,20 @@ def markdown(results: list[Result]) -> str:
             if not ours.headline:
                 continue
             speed, memory = comparison(group)
-            cells = [f"`{ours.op}`", ours.shape, result.machine, ours.direction, duration(ours.median_ms)]
+            cells = [
+                f"`{ours.op}`",
+                f"{ours.shape}, {ours.dtype}",
+                result.machine,
+                ours.direction,
+                duration(ours.median_ms),
+            ]
             cells += [speed, f"{ours.roofline:.0%}", memory]
             lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
     for machine in sorted({result.machine for result in results}):
         here = [result for result in results if result.machine == machine]
         newest = max(here, key=lambda result: str(result.environment["date"]))
-        lines.append(f"{machine}: {newest.dtype}, {environment_line(newest)}.")
+        lines.append(f"{machine}: {environment_line(newest)}.")
     for device in ("cpu", "cuda"):
         if not any(result.device == device for result in results):
             command = f"fastgpt bench kernels --device {device} --out benchmarks/results"

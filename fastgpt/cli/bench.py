@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 
 from fastgpt.errors import UserError
+from fastgpt.files import explained
 
 
 def kernels(
@@ -38,6 +39,11 @@ def kernels(
         raise UserError("--device cuda: this torch sees no GPU (see `fastgpt info`): take --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if out is not None:  # before ten minutes of measuring, not after
+        if out.is_file():
+            raise UserError(f"--out {out} is a file: name a folder")
+        with explained(out):
+            out.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, width=max(100, Console().width))
     results = []
     for name in op or KERNELS:

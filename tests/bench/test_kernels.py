@@ -66,10 +66,12 @@ def test_csv_and_json_hold_the_same_consistent_figures(results):
         assert row["gb_per_s"] == pytest.approx(moved / row["median_ms"] / 1e6, rel=0.1)
 
 
-def test_what_cannot_be_measured_is_one_line(refused, monkeypatch):
+def test_what_cannot_be_measured_is_one_line(refused, monkeypatch, tmp_path):
     assert "--op fly is no op: take layer_norm, " in refused("bench", "kernels", "--op", "fly")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "sees no GPU" in refused("bench", "kernels", "--device", "cuda")
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused(*QUICK, "--out", tmp_path / "file")
 
 
 @pytest.mark.parametrize("op", KERNELS)
@@ -158,10 +160,10 @@ def test_the_readme_table_is_made_from_results(results, tmp_path, cli, refused):
     assert (lines[0], lines[1], lines[-2], lines[-1]) == ("before", BEGIN, END, "after")
     rows = [line.strip("|").split(" | ") for line in lines if line.startswith("| `layer_norm`")]
     row = next(r for r in json.loads((out / "here" / "layer_norm.json").read_text())["rows"] if r["contender"] == OURS)
-    assert [cell.strip() for cell in rows[0][:4]] == ["`layer_norm`", "64 x 96", "here", "forward"]
+    assert [cell.strip() for cell in rows[0][:4]] == ["`layer_norm`", "64 x 96, fp32", "here", "forward"]
     assert float(rows[0][4].split()[0]) == pytest.approx(row["median_ms"] * 1e3, rel=0.01)
     assert [r[3] for r in rows] == ["forward", "backward"]
-    assert any(line.startswith("here: float32, ") and "torch" in line for line in lines)
+    assert any(line.startswith("here: ") and f"torch {torch.__version__}" in line for line in lines)
     assert any(line.startswith("cuda: not measured yet") for line in lines)
     assert "old" not in lines
     assert cli("bench", "table", "--results", out, "--readme", readme)[0] == 0
