@@ -16,7 +16,7 @@ from fastgpt.bench.timing import Call, Timed, interleave, peak_bytes
 from fastgpt.ops import registry
 
 OURS = "fastgpt"
-SECONDS, SECONDS_TARGET, SECONDS_QUICK = 0.25, 0.7, 0.01  # of timing for each contender
+SECONDS, SECONDS_TARGET, SECONDS_QUICK = 0.2, 0.5, 0.01  # of timing for each contender
 BUSY = 0.1  # others' share of the cores from which figures are not to be trusted
 COPY_BYTES = 512 << 20  # the most that a copy moves, read and write: larger ones run at the same rate
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
