@@ -163,18 +163,21 @@ def write(result: Result, folder: Path) -> list[Path]:
 
 
 def read(folder: Path) -> list[Result]:
-    """The results in the .json files of a folder and of those below it, by machine and op.
+    """The results in a folder and in those below it, by path; other .json files there are passed over.
 
     Raises:
-        UserError: there are none, or a file is none of ours.
+        UserError: there are none, or one cannot be read.
     """
     results = []
     for path in sorted(folder.rglob("*.json")):
         try:
             content = json.loads(path.read_text())
-            results.append(Result(**{**content, "rows": [Row(**row) for row in content["rows"]]}))
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path} was not written by this `fastgpt bench kernels`: measure again") from None
+            if isinstance(content, dict) and {"op", "rows"} <= content.keys():
+                results.append(Result(**{**content, "rows": [Row(**row) for row in content["rows"]]}))
+        except (ValueError, TypeError):
+            raise UserError(
+                f"{path} is no result of this version's `fastgpt bench kernels`: measure it again"
+            ) from None
     if not results:
         raise UserError(f"{folder} has no results: `fastgpt bench kernels --out {folder}` makes them")
     return results
