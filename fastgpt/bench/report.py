@@ -134,7 +134,7 @@ def _heading(name: str) -> str:
 
 
 def _table(*left: str, right: list[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name in left:
         table.add_column(name, no_wrap=name != "shape")
     for name in right:
