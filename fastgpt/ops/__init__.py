@@ -4,6 +4,7 @@ Works without the rest of the library: `from fastgpt import ops`, then `ops.laye
 """
 
 from fastgpt.ops.layer_norm import layer_norm, layer_norm_reference
+from fastgpt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from fastgpt.ops.lora_linear import lora_linear, lora_linear_reference
 from fastgpt.ops.registry import Implementation, implementations, using
 
@@ -12,6 +13,8 @@ __all__ = [
     "implementations",
     "layer_norm",
     "layer_norm_reference",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
     "lora_linear",
     "lora_linear_reference",
     "using",

@@ -121,7 +121,7 @@ def differentiable(
     Direct.__name__ = Direct.__qualname__ = op
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_transformed():
+        if torch.compiler.is_compiling() or is_transformed():
             output = registered(*args)
             return output if single else output[0] if visible == 1 else tuple(output[:visible])
         return Direct.apply(*args)
@@ -129,7 +129,7 @@ def differentiable(
     return call
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether functorch or a dispatch mode (fake tensors, tracing) must see the registered op."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0
 
