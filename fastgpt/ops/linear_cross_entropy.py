@@ -367,7 +367,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, _targets, count, dhidden, dweight = saved = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:2])
-    if _may_overwrite(dloss) and all(t.numel() or not need for t, need in zip((dhidden, dweight), needs, strict=True)):
+    if _may_overwrite(ctx) and all(t.numel() or not need for t, need in zip((dhidden, dweight), needs, strict=True)):
         factor = _factor(dloss, count)
         dhidden = _times(dhidden, factor, hidden.dtype, in_place=True)
         grads = dhidden, _times(dweight, factor, weight.dtype, in_place=True)
@@ -378,10 +378,10 @@ def _backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None, None)
 
 
-def _may_overwrite(dloss: Tensor) -> bool:
-    """Whether this backward is run, not traced nor to be differentiated, and is the last that needs what was saved."""
+def _may_overwrite(ctx: Any) -> bool:
+    """Whether what forward saved is this backward's own, which is run, not to be differentiated, and the last one."""
     return (
-        type(dloss) is Tensor
+        ctx.direct
         and not torch.is_grad_enabled()
         and not registry.is_transformed()
         and not torch._C._autograd._get_current_graph_task_keep_graph()

@@ -167,7 +167,7 @@ class OpContract:
         for case in self.cases:
             args = self.inputs(case, torch.float32, device)
             want = results(self.op, args)
-            dirt = [torch.full_like(a, torch.nan) for a in args if isinstance(a, Tensor) for _ in range(8)]
+            dirt = [torch.full_like(a, torch.nan, dtype=torch.float32) for a in args if isinstance(a, Tensor) for _ in range(8)]
             del dirt
             assert same(want, results(self.op, args)), case
 
