@@ -396,7 +396,7 @@ def _cross_entropy_triton(*args: Any) -> None:
 
 _HAS_PASS = {
     "cpu": torch._C._dispatch_has_kernel_for_dispatch_key("fastgpt::cross_entropy_", "CPU"),
-    "cuda": importlib.util.find_spec("triton") is not None,
+    "cuda": bool(torch.version.cuda) and importlib.util.find_spec("triton") is not None,
 }
 for _device in [device for device, there in _HAS_PASS.items() if there]:
     torch.library.impl("fastgpt::linear_cross_entropy", _device, _forward)
@@ -404,4 +404,9 @@ for _device in [device for device, there in _HAS_PASS.items() if there]:
 if _HAS_PASS["cuda"]:
     torch.library.impl("fastgpt::cross_entropy_", "cuda", _cross_entropy_triton)
 _call = registry.differentiable("linear_cross_entropy", save=_save, backward=_backward, launcher=_forward)
-registry.register("linear_cross_entropy", cpu="C++", cuda="Triton")
+registry.register(
+    "linear_cross_entropy",
+    cpu="C++",
+    cuda="Triton",
+    because="the library's matmuls over chunks of rows, and its own pass over their logits",
+)
