@@ -209,7 +209,7 @@ def _through_chunks(
     dweight = hidden.new_empty((V, C) if needs[1] else 0, dtype=sums)
     if N == 0:
         return loss, dhidden, dweight.zero_()
-    # Chunks of equal size, in multiples of 64 rows; rows of the buffer begin on a cache line, as the vocabulary may not.
+    # Chunks of equal size, in multiples of 64 rows. The buffer's rows begin on a cache line, whatever the vocabulary.
     chunks = -(-N // CHUNK_ROWS[hidden.device.type])
     rows = min(N, -(-N // chunks // 64) * 64)
     buffer = hidden.new_empty(rows, -(-V // 64) * 64)
@@ -220,7 +220,13 @@ def _through_chunks(
         logits = buffer[: len(h), :V]
         torch.mm(h, weight.t(), out=logits)
         torch.ops.fastgpt.cross_entropy_(
-            logits, targets[part], loss[part], None if factor is None else factor[part], ignore_index, z_loss, any(needs)
+            logits,
+            targets[part],
+            loss[part],
+            None if factor is None else factor[part],
+            ignore_index,
+            z_loss,
+            any(needs),
         )
         if needs[0]:
             torch.mm(logits, weight, out=dhidden[part])
@@ -295,7 +301,7 @@ def _backward_kernel(
 
 
 def _factor(dloss: Tensor, count: Tensor) -> Tensor:
-    """What each row's gradient is multiplied by. Where no target counts, torch's gradient is 0 though its loss is NaN."""
+    """What the rows' gradients are multiplied by. Where no target counts, torch's are 0 though its loss is NaN."""
     return dloss / count.clamp(min=1)
 
 

@@ -35,7 +35,7 @@ class TestLinearCrossEntropy(OpContract):
     name = "linear_cross_entropy"
     reference = staticmethod(reference)
     library_sums = True
-    smallest = 1e-6  # a gradient of a mean over many rows is made of terms that small, so that the check is of something
+    smallest = 1e-6  # a gradient of a mean over many rows is made of terms that small
     op = property(lambda self: op)
     # (N, C, V, reduction, z_loss); targets of -100 among them, unless there is one row only
     cases = [
@@ -157,7 +157,7 @@ class TestLinearCrossEntropy(OpContract):
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_dweight_is_summed_in_fp32(self, small_chunks, dtype, monkeypatch):
-        """Of 32 chunks, and in parts: against torch's one matmul the error may double, and does not grow with chunks."""
+        """Of 32 chunks, and in parts: the error is then still at most twice that of torch's one matmul."""
         monkeypatch.setattr(module, "WEIGHT_ROWS", 50)
         self.check_accuracy(self.inputs((2048, 16, 129, "mean", 0.0), dtype, "cpu"))
 
@@ -326,7 +326,7 @@ class TestLinearCrossEntropy(OpContract):
         assert logits.isnan().all()
 
 
-# What a mean's forward and backward take above their inputs, as the system counts it, each side in a process of its own.
+# What a mean's forward and backward take above their inputs, as the system counts it, in a process of its own.
 PEAK = """
 import re, torch
 from pathlib import Path

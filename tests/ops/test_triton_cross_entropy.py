@@ -109,11 +109,13 @@ library = torch.library.Library("fastgpt", "IMPL", "CPU")
 library.impl("cross_entropy_", loop._cross_entropy_triton, allow_override=True)
 loop.CHUNK_ROWS["cpu"] = 64
 for reduction in ("mean", "sum", "none"):
-    args = torch.randn(150, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True), torch.randint(300, (150,))
-    args[2][::7] = -100
-    found, want = (
-        (y, *torch.autograd.grad(y.sum(), args[:2]))
-        for y in (f(*args, reduction=reduction, z_loss=0.01) for f in (ops.linear_cross_entropy, ops.linear_cross_entropy_reference))
-    )
+    hidden, weight = torch.randn(150, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
+    targets = torch.randint(300, (150,))
+    targets[::7] = -100
+    losses = [
+        f(hidden, weight, targets, reduction=reduction, z_loss=0.01)
+        for f in (ops.linear_cross_entropy, ops.linear_cross_entropy_reference)
+    ]
+    found, want = ((y, *torch.autograd.grad(y.sum(), [hidden, weight])) for y in losses)
     torch.testing.assert_close(found, want)
 """)
