@@ -1,8 +1,10 @@
 """The Triton pass over rows of logits, under Triton's interpreter on a CPU, against plain torch in float64."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -103,6 +105,7 @@ def test_the_op_on_its_pass():
     """linear_cross_entropy's own loop over chunks, with this pass in the place of the C++ one."""
     interpret("""
 import sys
+from pathlib import Path
 from fastgpt import ops
 loop = sys.modules["fastgpt.ops.linear_cross_entropy"]
 library = torch.library.Library("fastgpt", "IMPL", "CPU")
@@ -119,3 +122,46 @@ for reduction in ("mean", "sum", "none"):
     found, want = ((y, *torch.autograd.grad(y.sum(), [hidden, weight])) for y in losses)
     torch.testing.assert_close(found, want)
 """)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_compiles_without_spills_and_loads_16_bytes(arch, dtype, tmp_path):
+    """At GPT-2's 50,257 columns, which is no multiple of 16, in a buffer whose rows begin on a cache line."""
+    import triton.backends.nvidia
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fastgpt.ops.triton import cross_entropy
+
+    kernel = cross_entropy.cross_entropy_rows
+    pointers = {"Logits": f"*{dtype}", "Targets": "*i64", "Loss": "*fp32", "Factor": "*fp32"}
+    aligned = [["tt.divisibility", 16]]
+    for gradient in (True, False):
+        constants = {
+            "Z_LOSS": 1e-4,
+            "HAS_FACTOR": gradient,
+            "GRADIENT": gradient,
+            "ACC": tl.float32,
+            "BLOCK": cross_entropy.BLOCK,
+            "TAIL": cross_entropy.TAIL,
+        }
+        kinds = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
+        index = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+        source = ASTSource(
+            kernel,
+            kinds,
+            {index[name]: value for name, value in constants.items()},
+            {index[name]: aligned for name in (*pointers, "stride")},
+        )
+        options = {"num_warps": cross_entropy.BLOCK // 512, "enable_fp_fusion": True}
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        cubin = tmp_path / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.backends.nvidia.__file__).parent / "bin/cuobjdump"
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+        ).stdout
+        assert re.search(r"STACK:0 .*LOCAL:0", usage), usage
+        assert len(re.findall(r"ld\.global\S*\.v4", compiled.asm["ptx"])) >= 2
