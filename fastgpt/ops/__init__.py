@@ -7,6 +7,7 @@ from fastgpt.ops.adamw_step import adamw_step, adamw_step_reference
 from fastgpt.ops.clip_grad_norm import clip_grad_norm, clip_grad_norm_reference
 from fastgpt.ops.embedding import embedding, embedding_reference
 from fastgpt.ops.layer_norm import layer_norm, layer_norm_reference
+from fastgpt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from fastgpt.ops.lora_linear import lora_linear, lora_linear_reference
 from fastgpt.ops.registry import Implementation, implementations, using
 
@@ -21,6 +22,8 @@ __all__ = [
     "implementations",
     "layer_norm",
     "layer_norm_reference",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
     "lora_linear",
     "lora_linear_reference",
     "using",
