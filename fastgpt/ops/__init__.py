@@ -3,7 +3,16 @@
 Works without the rest of the library: `from fastgpt import ops`, then `ops.layer_norm(x, weight, bias)` in any model.
 """
 
+from fastgpt.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
 from fastgpt.ops.layer_norm import layer_norm, layer_norm_reference
 from fastgpt.ops.registry import Implementation, implementations, using
 
-__all__ = ["Implementation", "implementations", "layer_norm", "layer_norm_reference", "using"]
+__all__ = [
+    "Implementation",
+    "add_layer_norm",
+    "add_layer_norm_reference",
+    "implementations",
+    "layer_norm",
+    "layer_norm_reference",
+    "using",
+]
