@@ -4,6 +4,7 @@ Works without the rest of the library: `from fastgpt import ops`, then `ops.laye
 """
 
 from fastgpt.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
+from fastgpt.ops.bias_gelu import bias_gelu, bias_gelu_reference
 from fastgpt.ops.layer_norm import layer_norm, layer_norm_reference
 from fastgpt.ops.registry import Implementation, implementations, using
 
@@ -11,6 +12,8 @@ __all__ = [
     "Implementation",
     "add_layer_norm",
     "add_layer_norm_reference",
+    "bias_gelu",
+    "bias_gelu_reference",
     "implementations",
     "layer_norm",
     "layer_norm_reference",
