@@ -145,8 +145,11 @@ class OpContract:
     @pytest.mark.parametrize("layout", ["strided", "transposed", "offset"])
     def test_any_strides(self, layout: str, device: str) -> None:
         for case in self.cases:
-            plain = self.inputs(case, torch.float32, device)
             moved = self.inputs(case, torch.float32, device, layout)
+            if layout == "offset":  # may take narrower accesses, and then its sums are in another order
+                self.check_accuracy(moved)
+                continue
+            plain = self.inputs(case, torch.float32, device)
             assert same(results(self.op, plain), results(self.op, moved)), case
 
     @pytest.mark.parametrize("device", DEVICES)
