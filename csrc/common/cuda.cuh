@@ -39,24 +39,56 @@ struct alignas(sizeof(T) * N) Vec {
   T at[N];
 };
 
-// The sum over a block of `a` and of `b`, in every thread; the same order every time. `scratch` holds 2 * 32 values.
-template <typename A>
-__device__ __forceinline__ void block_sum(A& a, A& b, A* scratch) {
+// N elements of a parameter from element `at` on, as accumulators. A parameter has x's dtype T, or is fp32 beside a
+// 16-bit x: one branch, the same for all threads, where a template argument would double the kernels. N of more than 1
+// needs 16-byte alignment.
+template <typename T, int N, typename A>
+__device__ __forceinline__ void load_parameters(const void* from, bool is_float, int64_t at, A (&to)[N]) {
+  if (is_float) {
+    constexpr int M = N > 4 ? 4 : N;
+#pragma unroll
+    for (int k = 0; k < N; k += M) {
+      const auto v = *reinterpret_cast<const Vec<float, M>*>(static_cast<const float*>(from) + at + k);
+#pragma unroll
+      for (int i = 0; i < M; ++i) to[k + i] = v.at[i];
+    }
+  } else {
+    const auto v = *reinterpret_cast<const Vec<T, N>*>(static_cast<const T*>(from) + at);
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = load<A>(v.at[i]);
+  }
+}
+
+// Asks for a line of memory before there is a register to hold it.
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
+// The sums of `a` and of `b` over each R neighbours among a block's threads, in all of them; the same order every time.
+// For R above 32 all threads of the block take part, and `scratch` holds 2 values a warp; calls take turns between two
+// such scratches, so that one barrier a call does.
+template <int R, typename A>
+__device__ __forceinline__ void row_sums(A& a, A& b, A* scratch) {
+#pragma unroll
   for (int offset = 16; offset > 0; offset >>= 1) {
     a += __shfl_xor_sync(0xffffffffu, a, offset);
     b += __shfl_xor_sync(0xffffffffu, b, offset);
   }
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;
-  __syncthreads();  // the scratch of the sum before this one has been read by all
-  if (lane == 0) {
-    scratch[warp] = a;
-    scratch[32 + warp] = b;
-  }
-  __syncthreads();
-  a = b = 0;
-  for (int w = 0; w < warps; ++w) {
-    a += scratch[w];
-    b += scratch[32 + w];
+  if constexpr (R > 32) {
+    const int warp = threadIdx.x >> 5, first = warp / (R / 32) * (R / 32);
+    if ((threadIdx.x & 31) == 0) {
+      scratch[2 * warp] = a;
+      scratch[2 * warp + 1] = b;
+    }
+    __syncthreads();
+    a = b = 0;
+#pragma unroll
+    for (int w = first; w < first + R / 32; ++w) {
+      a += scratch[2 * w];
+      b += scratch[2 * w + 1];
+    }
   }
 }
 
