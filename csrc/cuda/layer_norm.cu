@@ -120,6 +120,7 @@ __global__ void __launch_bounds__(R < 128 ? 128 : R) forward_kernel(const Forwar
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     if (k * R + r < n) {
+      keep_packed(v[k]);
       float w[N], b[N];
       load_parameters<T>(p.weight, p.float_parameters, (k * R + r) * N, w);
       load_parameters<T>(p.bias, p.float_parameters, (k * R + r) * N, b);
@@ -245,6 +246,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_kernel(const Bac
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if (k * R + r < live) {
+        keep_packed(d[k]);
+        keep_packed(v[k]);
         float w[N];
         load_parameters<T>(p.weight, p.float_parameters, (k * R + r) * N, w);
         V other = {};

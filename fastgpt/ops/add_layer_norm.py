@@ -66,9 +66,7 @@ def add_layer_norm(
     if residual.dtype != x.dtype:
         raise TypeError(f"add_layer_norm: residual must have x's dtype {x.dtype}, got {residual.dtype}")
     if residual.shape != x.shape:
-        raise ValueError(
-            f"add_layer_norm: residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}"
-        )
+        raise ValueError(f"add_layer_norm: residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     if residual.device != x.device:
         raise ValueError(f"add_layer_norm: residual is on {residual.device} but x is on {x.device}: move one of them")
     if not registry.takes_kernel("add_layer_norm", x):

@@ -74,9 +74,7 @@ def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> 
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{op}: x must have a last dimension of at least 1, got shape {tuple(x.shape)}")
     if weight.dtype != x.dtype and not (weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
-        raise TypeError(
-            f"{op}: weight must have x's dtype {x.dtype} (or float32 for a 16-bit x), got {weight.dtype}"
-        )
+        raise TypeError(f"{op}: weight must have x's dtype {x.dtype} (or float32 for a 16-bit x), got {weight.dtype}")
     if bias.dtype != weight.dtype:
         raise TypeError(f"{op}: bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
     for name, t in (("weight", weight), ("bias", bias)):

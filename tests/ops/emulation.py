@@ -6,7 +6,7 @@
         fastgpt.ops.layer_norm(x, w, b).sum().backward()
 
 A kernel raises RuntimeError, with its place in the source, the block and the thread, where it
-    - leaves some threads of a block behind at a barrier, or some lanes of a warp at a shuffle, or shuffles out of range;
+    - leaves some threads of a block behind at a barrier or some lanes of a warp at a shuffle, or shuffles out of range;
     - reads or writes outside a tensor or shared memory, or at an address that is not aligned for the access's width;
     - writes through a pointer that came from `const_data_ptr`;
     - races: two threads access the same bytes of shared memory or of a tensor, one of them writes, and no barrier is

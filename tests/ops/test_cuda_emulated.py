@@ -1,5 +1,7 @@
-"""The CUDA kernels on a CPU (emulation.py): the clauses of each op's contract that need no GPU, and that the emulator
-sees faults. Every csrc/cuda/<name>.cu takes the contract classes of tests/ops/test_<name>.py whose ops it implements."""
+"""The CUDA kernels on a CPU (emulation.py): the clauses of each op's contract that ask of values, and faults to find.
+
+Every csrc/cuda/<name>.cu takes the contracts in tests/ops/test_<name>.py of the ops that it implements.
+"""
 
 import importlib
 import inspect
@@ -75,21 +77,21 @@ def test_every_source_has_a_contract():
 
 
 FAULTS = {  # in the order of cuda_emulation/faults.cu's enumeration, which begins with no fault
-    "no barrier before a read": "faults.cu:.* race: .* of shared memory",
-    "no barrier before a write": "race: .* of shared memory",
+    "no barrier before a read": "race: .* byte 0 of shared memory",
+    "no barrier before a write": "race: ",
     "one too far": "outside: reads 4 bytes, at byte 1200 of 1200 of a tensor",
     "written too far": "outside: writes 4 bytes, at byte 12 of 12 of a tensor",
-    "const": "writes byte 0 of a tensor whose pointer is const",
-    "misaligned": "faults.cu:.* misaligned",
-    "scratch too small": "outside: writes 4 bytes, at byte 8 of 8 of shared memory",
+    "const": "writes byte .* of a tensor whose pointer is const",
+    "misaligned": "emulation.h:.* a misaligned",
+    "scratch too small": "outside: writes 4 bytes, at byte .* of 8 of shared memory",
     "index": "faults.cu:.* an index outside its array",
     "dynamic too small": "outside: writes 4 bytes, at byte 256 of 256 of shared memory|race: ",
-    "barrier in a branch": "a barrier that .*not",
+    "barrier in a branch": "a barrier that thread .* does not reach|race: reads byte 0 of shared memory",
     "barrier elsewhere": "a barrier that thread .* does not reach",
     "early exit": "takes no part in it|a barrier that not all threads reach",
     "shuffle out of range": "a shuffle by 32 in a width of 32",
     "shuffle of an absent lane": "a shuffle reads lane 8, which takes no part",
-    "race in a warp": "race: reads byte .* of shared memory",
+    "race in a warp": "race: writes byte .* of shared memory",
     "blocks race": "race: writes byte 0 of a tensor that block . wrote",
     "no DeviceGuard": "without a DeviceGuard",
     "too much shared memory": "more dynamic shared memory than was allowed",

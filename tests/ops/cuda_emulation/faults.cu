@@ -23,7 +23,7 @@ __global__ void row_sums_kernel(const float* x, float* y, int* count, int64_t C,
   for (int64_t c = thread; c < C + (fault == kOneTooFar); c += blockDim.x) sum += row[c];
   if (fault == kMisaligned && thread == 0) sum += __ldg(reinterpret_cast<const float4*>(x + 1)).x;
   if (fault == kConst && thread == 0) const_cast<float*>(row)[0] = 1;
-  if (fault == kOverflow) sum += 0 * (0x7fffffff + lane);
+  if (fault == kOverflow) sum += static_cast<float>(0x7ffffff0 + lane);
 
   mine[thread] = sum;  // and back from the next lane's place, by the next lane
   if (fault != kWarpRace) __syncwarp();
