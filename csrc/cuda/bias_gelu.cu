@@ -30,7 +30,7 @@ struct Gate {
   A u, e, t, s;  // u within +-32, from where on e is 0; exp(-|z|); 1 / (1 + e); s
 
   __device__ __forceinline__ explicit Gate(A v) {
-    constexpr A k2 = 1.5957691216057308, k2c = 0.07135481282655225;  // 2 * k and 2 * k * c
+    constexpr A k2 = 1.5957691216057308, k2c = k2 * A(0.044715);  // 2 * k and 2 * k * c
     u = v > A(32) ? A(32) : v < A(-32) ? A(-32) : v;                 // NaN stays NaN
     const A z = u * (k2 + k2c * (u * u));
     e = exponential(z > A(0) ? -z : z);
@@ -38,7 +38,7 @@ struct Gate {
     s = (z > A(0) ? A(1) : e) * t;
   }
   __device__ __forceinline__ A slope() const {
-    constexpr A k2 = 1.5957691216057308, k6c = 0.21406443847965675;  // 2 * k and 6 * k * c
+    constexpr A k2 = 1.5957691216057308, k6c = k2 * A(3 * 0.044715);  // 2 * k and 6 * k * c
     return s + u * (e * t * t) * (k2 + k6c * (u * u));
   }
 };

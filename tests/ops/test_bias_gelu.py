@@ -26,6 +26,7 @@ class TestBiasGelu(OpContract):
         (65, 127),
         (129, 129),
         (130, 1000),
+        (200, 128),
         (5, 3072),
         (64, 768),
     ]
@@ -72,6 +73,13 @@ class TestBiasGelu(OpContract):
         assert ours["output 0"].dtype == dtype
         assert ours["gradient of argument 1"].dtype == torch.float32
         assert_within_bound(ours, results(bias_gelu_reference, args), results(bias_gelu_reference, args, torch.float64))
+
+    def test_float64_is_exact(self):
+        """To float64's own rounding, which is finer than a constant with too few digits."""
+        args = self.inputs((33, 100), torch.float64, "cpu")
+        ours, plain = results(ops.bias_gelu, args), results(bias_gelu_reference, args)
+        for name in plain:
+            assert torch.allclose(ours[name], plain[name], rtol=1e-13, atol=1e-13), name
 
     @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
     def test_large_values_saturate(self, dtype):

@@ -11,7 +11,8 @@ from fastgpt.ops import add_layer_norm_reference, layer_norm_reference
 class TestLayerNorm(OpContract):
     name = "layer_norm"
     reference = staticmethod(layer_norm_reference)
-    # Odd widths and row counts around vector and block sizes, one element, no rows, three dimensions, GPT-2's own.
+    # Odd widths and row counts around vector and block sizes, one element, no rows, three dimensions, each of the CUDA
+    # kernels' layouts of a row with more rows than a small GPU has places for, GPT-2's own.
     cases = [
         (3, 5),
         (2, 3, 8),
@@ -25,6 +26,9 @@ class TestLayerNorm(OpContract):
         (129, 129),
         (130, 1000),
         (5, 3072),
+        (3, 900),
+        (13, 1028),
+        (5, 6000),
         (64, 768),
     ]
 
