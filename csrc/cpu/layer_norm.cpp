@@ -17,10 +17,10 @@
 // and its one gradient serves x and residual.
 
 #include <cmath>
-#include <optional>
 #include <tuple>
 
 #include "cpu.h"
+#include "layer_norm.h"
 
 namespace fastgpt {
 namespace {
@@ -181,29 +181,13 @@ FASTGPT_ROWS(BFloat16, float)
 FASTGPT_ROWS(Half, float)
 #undef FASTGPT_ROWS
 
-// The public Python functions say all this better; here it only keeps a direct call from reading past an end.
-void check(const Tensor& x, const Tensor& weight) {
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0, "layer_norm: x must have a last dimension of at least 1");
-  STD_TORCH_CHECK(
-      weight.dim() == 1 && weight.size(0) == x.size(-1), "layer_norm: weight must be 1-D, as long as x's last dimension");
-}
-
-bool same_kind(const Tensor& a, const Tensor& b) {
-  return a.numel() == b.numel() && a.scalar_type() == b.scalar_type();
-}
-
-// (sum, y, mean, rstd); without a residual, `sum` is x itself.
 std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(
     Tensor x, std::optional<Tensor> residual, Tensor weight, Tensor bias, double eps) {
-  check(x, weight);
-  check(x, bias);
+  check_norm(x, residual, weight, bias);
   x = as_contiguous(x);
   weight = as_contiguous(weight);
   bias = as_contiguous(bias);
-  if (residual) {
-    STD_TORCH_CHECK(same_kind(*residual, x), "add_layer_norm: residual must have x's shape and dtype");
-    residual = as_contiguous(*residual);
-  }
+  if (residual) residual = as_contiguous(*residual);
   const int64_t C = x.size(-1);
   const int64_t rows = x.numel() / C;
   const std::vector<int64_t> stats_shape(x.sizes().begin(), x.sizes().end() - 1);
@@ -230,26 +214,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(
   return {sum, y, mean, rstd};
 }
 
-// `x` is what was normed, `dsum` its gradient by other ways than the norm.
 std::tuple<Tensor, Tensor, Tensor> normalize_backward(
     Tensor dy, std::optional<Tensor> dsum, Tensor x, Tensor weight, Tensor mean, Tensor rstd) {
-  check(x, weight);
+  check_norm_backward(dy, dsum, x, weight, mean, rstd);
   const int64_t C = x.size(-1);
   const int64_t rows = x.numel() / C;
-  STD_TORCH_CHECK(same_kind(dy, x), "layer_norm_backward: dy must have x's shape and dtype");
-  STD_TORCH_CHECK(
-      mean.numel() == rows && rstd.numel() == rows && mean.scalar_type() == sums_type(x) &&
-          rstd.scalar_type() == sums_type(x),
-      "layer_norm_backward: mean and rstd must be what layer_norm returned for this x");
   dy = as_contiguous(dy);
   x = as_contiguous(x);
   weight = as_contiguous(weight);
   mean = as_contiguous(mean);
   rstd = as_contiguous(rstd);
-  if (dsum) {
-    STD_TORCH_CHECK(same_kind(*dsum, x), "add_layer_norm_backward: dsum must have the sum's shape and dtype");
-    dsum = as_contiguous(*dsum);
-  }
+  if (dsum) dsum = as_contiguous(*dsum);
 
   Tensor dx = make_like(x);
   Tensor dweight = make_like(weight);
@@ -279,25 +254,6 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(
     from_accumulators<A>(std::vector<A>(partial.begin() + C, partial.begin() + 2 * C), dbias, kName);
   });
   return {dx, dweight, dbias};
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight, Tensor bias, double eps) {
-  auto [sum, y, mean, rstd] = normalize(x, std::nullopt, weight, bias, eps);
-  return {y, mean, rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
-    Tensor x, Tensor residual, Tensor weight, Tensor bias, double eps) {
-  return normalize(x, residual, weight, bias, eps);
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd) {
-  return normalize_backward(dy, std::nullopt, x, weight, mean, rstd);
-}
-
-std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(
-    Tensor dy, std::optional<Tensor> dsum, Tensor sum, Tensor weight, Tensor mean, Tensor rstd) {
-  return normalize_backward(dy, dsum, sum, weight, mean, rstd);
 }
 
 }  // namespace

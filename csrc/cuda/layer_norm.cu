@@ -15,9 +15,9 @@
 // again and again, from the caches.
 
 #include "column_sums.cuh"
+#include "layer_norm.h"
 
 #include <algorithm>
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -310,18 +310,6 @@ __global__ void __launch_bounds__(kLoopThreads) backward_loop_kernel(const Backw
   }
 }
 
-void check(const Tensor& x, const Tensor& weight) {
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0, "layer_norm: x must have a last dimension of at least 1");
-  STD_TORCH_CHECK(
-      weight.dim() == 1 && weight.size(0) == x.size(-1), "layer_norm: weight must be 1-D, as long as x's last dimension");
-  STD_TORCH_CHECK(
-      weight.get_device_index() == x.get_device_index(), "layer_norm: x and its parameters must be on one GPU");
-}
-
-bool same_kind(const Tensor& a, const Tensor& b) {
-  return a.numel() == b.numel() && a.scalar_type() == b.scalar_type() && a.get_device_index() == b.get_device_index();
-}
-
 template <typename... P>
 bool all_aligned16(const P*... pointers) {
   return (aligned16(pointers) && ...);
@@ -332,20 +320,14 @@ const T* pointer(const std::optional<Tensor>& t) {
   return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
 }
 
-// (sum, y, mean, rstd); without a residual, `sum` is x itself.
 std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(
     Tensor x, std::optional<Tensor> residual, Tensor weight, Tensor bias, double eps) {
-  check(x, weight);
-  check(x, bias);
-  STD_TORCH_CHECK(bias.scalar_type() == weight.scalar_type(), "layer_norm: bias must have weight's dtype");
+  check_norm(x, residual, weight, bias);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   x = as_contiguous(x);
   weight = as_contiguous(weight);
   bias = as_contiguous(bias);
-  if (residual) {
-    STD_TORCH_CHECK(same_kind(*residual, x), "add_layer_norm: residual must have x's shape, dtype and device");
-    residual = as_contiguous(*residual);
-  }
+  if (residual) residual = as_contiguous(*residual);
   const int64_t C = x.size(-1), rows = x.numel() / C;
   const std::vector<int64_t> stats_shape(x.sizes().begin(), x.sizes().end() - 1);
   Tensor sum = residual ? make_like(x) : x;
@@ -384,23 +366,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(
 
 std::tuple<Tensor, Tensor, Tensor> normalize_backward(
     Tensor dy, std::optional<Tensor> dsum, Tensor x, Tensor weight, Tensor mean, Tensor rstd) {
-  check(x, weight);
+  check_norm_backward(dy, dsum, x, weight, mean, rstd);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const int64_t C = x.size(-1), rows = x.numel() / C;
-  STD_TORCH_CHECK(same_kind(dy, x), "layer_norm_backward: dy must have x's shape, dtype and device");
-  STD_TORCH_CHECK(
-      mean.numel() == rows && rstd.numel() == rows && mean.scalar_type() == sums_type(x) &&
-          rstd.scalar_type() == sums_type(x),
-      "layer_norm_backward: mean and rstd must be what layer_norm returned for this x");
   dy = as_contiguous(dy);
   x = as_contiguous(x);
   weight = as_contiguous(weight);
   mean = as_contiguous(mean);
   rstd = as_contiguous(rstd);
-  if (dsum) {
-    STD_TORCH_CHECK(same_kind(*dsum, x), "add_layer_norm_backward: dsum must have the sum's shape, dtype and device");
-    dsum = as_contiguous(*dsum);
-  }
+  if (dsum) dsum = as_contiguous(*dsum);
   Tensor dx = make_like(x);
   Tensor dweight = make_like(weight);
   Tensor dbias = make_like(weight);
@@ -436,25 +410,6 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(
     run(backward_loop_kernel<T, A>, kLoopThreads, 1, 2, p.in_shared ? sums_bytes : 0, C, 1, 1);
   });
   return {dx, dweight, dbias};
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm(Tensor x, Tensor weight, Tensor bias, double eps) {
-  auto [sum, y, mean, rstd] = normalize(x, std::nullopt, weight, bias, eps);
-  return {y, mean, rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
-    Tensor x, Tensor residual, Tensor weight, Tensor bias, double eps) {
-  return normalize(x, residual, weight, bias, eps);
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd) {
-  return normalize_backward(dy, std::nullopt, x, weight, mean, rstd);
-}
-
-std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(
-    Tensor dnorm, std::optional<Tensor> dsum, Tensor sum, Tensor weight, Tensor mean, Tensor rstd) {
-  return normalize_backward(dnorm, dsum, sum, weight, mean, rstd);
 }
 
 }  // namespace

@@ -1,44 +1,19 @@
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from oracle import DTYPES, OpContract, assert_within_bound, results, rows
+from oracle import DTYPES, RowContract, random_rows
 
 from fastgpt import ops
 from fastgpt.ops import add_layer_norm_reference, layer_norm_reference
 
 
-class TestLayerNorm(OpContract):
+class TestLayerNorm(RowContract):
     name = "layer_norm"
     reference = staticmethod(layer_norm_reference)
-    # Odd widths and row counts around vector and block sizes, one element, no rows, three dimensions, each of the CUDA
-    # kernels' layouts of a row with more rows than a small GPU has places for, GPT-2's own.
-    cases = [
-        (3, 5),
-        (2, 3, 8),
-        (1, 1),
-        (0, 16),
-        (2, 0, 7),
-        (7,),
-        (1, 769),
-        (63, 64),
-        (65, 127),
-        (129, 129),
-        (130, 1000),
-        (5, 3072),
-        (3, 900),
-        (13, 1028),
-        (5, 6000),
-        (64, 768),
-    ]
+    # And each of the CUDA kernels' layouts of a row, with more rows than a small GPU has places for.
+    cases = [*RowContract.cases, (3, 900), (13, 1028), (5, 6000)]
 
     def inputs(self, case, dtype, device, layout="contiguous", seed=0):
-        generator = torch.Generator().manual_seed(seed)
-
-        def make(*shape, scale=1.0, shift=0.0):
-            t = (torch.randn(shape, generator=generator) * scale + shift).to(dtype).to(device)
-            return rows(t, layout).requires_grad_()
-
+        make = random_rows(dtype, device, layout, seed)
         return make(*case, shift=0.5), make(case[-1], scale=0.2, shift=1.0), make(case[-1], scale=0.2), 1e-5
 
     bad_inputs = [
@@ -91,28 +66,6 @@ class TestLayerNorm(OpContract):
         ),
     ]
 
-    @given(
-        batch=st.integers(0, 9),
-        width=st.integers(1, 300),
-        dtype=st.sampled_from(DTYPES),
-        layout=st.sampled_from(["contiguous", "strided", "transposed", "offset"]),
-        seed=st.integers(0, 2**16),
-    )
-    @settings(max_examples=60, deadline=None)
-    def test_random_shapes(self, batch, width, dtype, layout, seed):
-        self.check_accuracy(self.inputs((batch, width), dtype, "cpu", layout, seed), roundings=16)
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_16_bit_rows_with_fp32_parameters(self, dtype):
-        x, _, _, eps = self.inputs((33, 100), dtype, "cpu")
-        _, weight, bias, _ = self.inputs((33, 100), torch.float32, "cpu")
-        args = (x, weight, bias, eps)
-        ref = layer_norm_reference
-        ours = results(ops.layer_norm, args)
-        assert ours["output 0"].dtype == dtype
-        assert ours["gradient of argument 1"].dtype == torch.float32
-        assert_within_bound(ours, results(ref, args), results(ref, args, torch.float64))
-
     def test_a_large_mean_does_not_cancel(self):
         """E[x^2] - E[x]^2 would lose everything: mean 1000, deviation 0.01; 769 columns, so padded lanes would show."""
         x = (torch.randn(4, 769, generator=torch.Generator().manual_seed(0)) * 0.01 + 1000).requires_grad_()
@@ -130,9 +83,6 @@ class TestLayerNorm(OpContract):
         assert y[:2].isnan().all()
         assert y[2].isfinite().all()
 
-    def test_many_rows_are_split_over_threads(self):
-        self.check_accuracy(self.inputs((1031, 257), torch.float32, "cpu"))
-
     def test_direct_calls_with_wrong_shapes_do_not_crash(self):
         self.kernel_or_skip()
         one = torch.ones
@@ -144,18 +94,13 @@ class TestLayerNorm(OpContract):
             torch.ops.fastgpt.layer_norm_backward(one(1, 3), one(2, 3), one(3), one(2), one(2))
 
 
-class TestAddLayerNorm(OpContract):
+class TestAddLayerNorm(RowContract):
     name = "add_layer_norm"
     reference = staticmethod(add_layer_norm_reference)
     cases = TestLayerNorm.cases
 
     def inputs(self, case, dtype, device, layout="contiguous", seed=0):
-        generator = torch.Generator().manual_seed(seed)
-
-        def make(*shape, scale=1.0, shift=0.0):
-            t = (torch.randn(shape, generator=generator) * scale + shift).to(dtype).to(device)
-            return rows(t, layout).requires_grad_()
-
+        make = random_rows(dtype, device, layout, seed)
         return (
             make(*case, scale=0.5, shift=0.25),
             make(*case, shift=0.25),
@@ -197,28 +142,6 @@ class TestAddLayerNorm(OpContract):
             lambda: (torch.ones(2, 3), torch.ones(2, 3), torch.ones(3), torch.ones(3), -1.0),
         ),
     ]
-
-    @given(
-        batch=st.integers(0, 9),
-        width=st.integers(1, 300),
-        dtype=st.sampled_from(DTYPES),
-        layout=st.sampled_from(["contiguous", "strided", "transposed", "offset"]),
-        seed=st.integers(0, 2**16),
-    )
-    @settings(max_examples=60, deadline=None)
-    def test_random_shapes(self, batch, width, dtype, layout, seed):
-        self.check_accuracy(self.inputs((batch, width), dtype, "cpu", layout, seed), roundings=16)
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-    def test_16_bit_rows_with_fp32_parameters(self, dtype):
-        x, residual, *_ = self.inputs((33, 100), dtype, "cpu")
-        _, _, weight, bias, eps = self.inputs((33, 100), torch.float32, "cpu")
-        args = (x, residual, weight, bias, eps)
-        ref = add_layer_norm_reference
-        ours = results(ops.add_layer_norm, args)
-        assert ours["output 1"].dtype == dtype
-        assert ours["gradient of argument 2"].dtype == torch.float32
-        assert_within_bound(ours, results(ref, args), results(ref, args, torch.float64))
 
     @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
     def test_it_is_layer_norm_of_the_rounded_sum(self, dtype):
@@ -263,9 +186,6 @@ class TestAddLayerNorm(OpContract):
         assert total.isnan().sum() == 1
         assert norm[1].isnan().all()
         assert norm[[0, 2]].isfinite().all()
-
-    def test_many_rows_are_split_over_threads(self):
-        self.check_accuracy(self.inputs((1031, 257), torch.float32, "cpu"))
 
     def test_direct_calls_with_wrong_shapes_do_not_crash(self):
         self.kernel_or_skip()
