@@ -9,7 +9,7 @@
 // warp a row where that suffices, so that 8,192 rows of 768 fill the GPU, and a block a row where not. Mean and variance
 // come from one pass around a guess m of the mean (the mean of the first vector), hence from one reduction; should the
 // guess be off by more than a deviation, the pass is repeated around the mean that it gave.
-// Backward runs one block of 512 threads an SM over the rows block * G + group + i * grid * G, with the columns' dweight
+// Backward runs one block of 384 or 512 threads an SM over the rows block * G + group + i * grid * G, with the columns' dweight
 // and dbias in registers to the end (column_sums.cuh), and asks for its next row before it reduces this one.
 // Widths or pointers that 16 bytes do not fit, wider rows and float64 take kernels that walk over a row with a block,
 // again and again, from the caches.
@@ -26,7 +26,6 @@ namespace {
 
 constexpr const char* kName = "layer_norm";
 constexpr int kLoopThreads = 256;
-constexpr int kBackwardThreads = 512;
 constexpr int64_t kSharedBytes = 48 * 1024 - 1024;  // what every GPU gives without asking, less the reductions' scratch
 
 template <typename A>
@@ -184,20 +183,25 @@ struct Backward {
   bool float_parameters, in_shared;
 };
 
+// 384 threads have 168 registers each, 512 have 128, which ptxas overruns by one or two in some versions of this kernel.
+template <int R>
+constexpr int kBackwardThreads = R > 128 ? R : 384;
+
 template <int R, int K, typename T>
-__global__ void __launch_bounds__(kBackwardThreads, 1) backward_kernel(const Backward<T, float> p) {
-  constexpr int N = 16 / sizeof(T), B = kBackwardThreads, G = B / R, J = 2 * N;
+__global__ void __launch_bounds__(kBackwardThreads<R>, 1) backward_kernel(const Backward<T, float> p) {
+  constexpr int N = 16 / sizeof(T), B = kBackwardThreads<R>, G = B / R, J = 2 * N;
   using V = Vec<T, N>;
   __shared__ float row_scratch[2][B / 16];
   __shared__ float column_scratch[G > 1 ? B * J : 1];
-  const int r = threadIdx.x % R;
-  const int64_t n = p.C / N, step = static_cast<int64_t>(gridDim.x) * G;
+  const int r = threadIdx.x % R, n = static_cast<int>(p.C / N);
+  // Rows in 32 bits, which 2^31 of them and a step fit into, because there is no register to spare.
+  const uint32_t rows = static_cast<uint32_t>(p.rows), step = gridDim.x * G;
   float sums[K][J] = {};
   int turn = 0;
   // All groups of a block go round together, because row_sums may have a barrier; those past the last row do nothing else.
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * G; first < p.rows; first += step, turn ^= 1) {
-    const int64_t row = first + threadIdx.x / R;
-    const int live = row < p.rows ? static_cast<int>(n) : 0;  // vectors that this row has
+  for (uint32_t first = blockIdx.x * G; first < rows; first += step, turn ^= 1) {
+    const uint32_t row = first + threadIdx.x / R;
+    const int live = row < rows ? n : 0;  // vectors that this row has
     const V* dy = reinterpret_cast<const V*>(p.dy + row * p.C);
     const V* x = reinterpret_cast<const V*>(p.x + row * p.C);
     V d[K], v[K];
@@ -213,17 +217,6 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_kernel(const Bac
         v[k] = x[k * R + r];
       }
     }
-    if (row + step < p.rows) {
-#pragma unroll
-      for (int k = 0; k < K; ++k) {
-        if (k * R + r < n) {
-          const int64_t at = (row + step) * p.C + (k * R + r) * N;
-          prefetch_l2(p.dy + at);
-          prefetch_l2(p.x + at);
-          if (p.dsum) prefetch_l2(p.dsum + at);
-        }
-      }
-    }
     float sum_g = 0, sum_gx = 0;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
@@ -237,6 +230,17 @@ __global__ void __launch_bounds__(kBackwardThreads, 1) backward_kernel(const Bac
           sum_gx += g * xhat;
           sums[k][i] += each * xhat;
           sums[k][N + i] += each;
+        }
+      }
+    }
+    if (row + step < rows) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        if (k * R + r < n) {
+          const int64_t at = static_cast<int64_t>(row + step) * p.C + (k * R + r) * N;
+          prefetch_l2(p.dy + at);
+          prefetch_l2(p.x + at);
+          if (p.dsum) prefetch_l2(p.dsum + at);
         }
       }
     }
@@ -375,6 +379,7 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(
   mean = as_contiguous(mean);
   rstd = as_contiguous(rstd);
   if (dsum) dsum = as_contiguous(*dsum);
+  STD_TORCH_CHECK(rows <= INT32_MAX, "layer_norm_backward: more than 2^31 - 1 rows");
   Tensor dx = make_like(x);
   Tensor dweight = make_like(weight);
   Tensor dbias = make_like(weight);
@@ -399,12 +404,15 @@ std::tuple<Tensor, Tensor, Tensor> normalize_backward(
     };
     if constexpr (!std::is_same_v<T, double>) {
       constexpr int N = 16 / sizeof(T), K = N == 8 ? 4 : 6;  // what 128 registers hold, with 4 * K * N in sums and row
-      constexpr int B = kBackwardThreads;
       const int64_t n = C / N;
       if (C % N == 0 && n <= 512 * K && all_aligned16(p.dy, p.dsum, p.x, p.weight, p.dx)) {
-        if (n <= 32 * K) return run(backward_kernel<32, K, T>, B, B / 32, 1, 0, 32, N, K);
-        if (n <= 128 * K) return run(backward_kernel<128, K, T>, B, B / 128, 1, 0, 128, N, K);
-        return run(backward_kernel<512, K, T>, B, 1, 1, 0, 512, N, K);
+        auto run_wide = [&](auto R) {
+          constexpr int B = kBackwardThreads<R()>;
+          run(backward_kernel<R(), K, T>, B, B / R(), 1, 0, R(), N, K);
+        };
+        if (n <= 32 * K) return run_wide(std::integral_constant<int, 32>{});
+        if (n <= 128 * K) return run_wide(std::integral_constant<int, 128>{});
+        return run_wide(std::integral_constant<int, 512>{});
       }
     }
     run(backward_loop_kernel<T, A>, kLoopThreads, 1, 2, p.in_shared ? sums_bytes : 0, C, 1, 1);
