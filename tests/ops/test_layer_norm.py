@@ -151,6 +151,20 @@ class TestAddLayerNorm(RowContract):
             assert torch.equal(total, residual + x)
             assert torch.equal(norm, ops.layer_norm(residual + x, weight, bias, eps))
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_every_16_bit_number_is_converted_right(self, dtype):
+        """To fp32 and, rounded, back: normal, subnormal, overflowing, infinite, NaN."""
+        every = torch.arange(2**16).to(torch.int32).to(torch.uint16).view(dtype)
+        parameters = torch.ones(256, dtype=dtype), torch.zeros(256, dtype=dtype)
+        for seed in range(8):
+            other = every[torch.randperm(2**16, generator=torch.Generator().manual_seed(seed))]
+            x, residual = (every, torch.zeros_like(every)) if seed == 0 else (every, other)
+            total, _ = ops.add_layer_norm(x.view(256, 256), residual.view(256, 256), *parameters)
+            expected = residual + x
+            assert torch.equal(total.flatten().isnan(), expected.isnan())
+            number = ~expected.isnan()
+            assert torch.equal(total.flatten()[number], expected[number])
+
     @pytest.mark.parametrize("used", [(True, False), (False, True)], ids=["sum", "norm"])
     def test_one_output_may_go_unused(self, used):
         args = self.inputs((9, 33), torch.float32, "cpu")
