@@ -10,11 +10,12 @@ mkdir -p "$out"
 : >"$out/checks.tsv"
 
 check() {  # check NAME COMMAND...: runs it into a log and notes whether it ended well, its seconds and its last line
-    local name=$1 start=$SECONDS state=ok
+    local name=$1 start=$SECONDS state=ok last
     shift
     echo "$name ..."
     "$@" >"$out/$name.log" 2>&1 || state=FAILED
-    printf '%s\t%s\t%s\t%s\n' "$name" "$state" $((SECONDS - start)) "$(tail -n 1 "$out/$name.log" | tr '\t' ' ')" >>"$out/checks.tsv"
+    last=$(tail -n 1 "$out/$name.log" | tr '\t' ' ')
+    printf '%s\t%s\t%s\t%s\n' "$name" "$state" $((SECONDS - start)) "$last" >>"$out/checks.tsv"
 }
 
 has_cuda_kernels() {

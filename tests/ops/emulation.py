@@ -99,7 +99,7 @@ def _split(text: str) -> list[str]:
 
 
 def _launch(source: str, at: int) -> str:
-    """kernel<T><<<config>>>( to emulation::Launch("kernel<T>", {config}, [&](auto... a) { kernel<T>(a...); })(."""
+    """kernel<T><<<config>>>( to emulation::Launch("kernel<T>", {config}, [&](const auto&... a) { kernel<T>(...); })("""
     end = source.index(">>>", at)
     start = at
     while source[start - 1].isspace():
@@ -118,7 +118,7 @@ def _launch(source: str, at: int) -> str:
     kernel = source[start:at].strip()
     name = " ".join(kernel.split())
     config = source[at + 3 : end]
-    call = f'emulation::Launch("{name}", emulation::Config({config}), [&](auto... a) {{ {kernel}(a...); }})'
+    call = f'emulation::Launch("{name}", emulation::Config({config}), [&](const auto&... a) {{ {kernel}(a...); }})'
     return source[:start] + call + source[end + 3 :]
 
 

@@ -39,7 +39,7 @@ void fastgpt_emulation_switch(void** save, void* load) __attribute__((visibility
 namespace emulation {
 namespace {
 
-constexpr size_t kStack = 64 * 1024;
+constexpr size_t kStack = 128 * 1024;  // also a copy of the kernel's parameters, up to 32 KB
 constexpr int kMaxThreads = 1024;
 constexpr size_t kGap = 256;  // between two __shared__ variables
 
@@ -205,111 +205,7 @@ __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
   leave();
 }
 
-// "file.cu:12: " for an address in this library, as far as addr2line is there to tell.
-std::string place(void* address) {
-  Dl_info info;
-  if (!dladdr(address, &info)) return "";
-  char command[600], line[400] = "";
-  std::snprintf(command, sizeof(command), "addr2line -e '%s' %#zx 2>/dev/null", info.dli_fname,
-                static_cast<size_t>(static_cast<char*>(address) - static_cast<char*>(info.dli_fbase)) - 1);
-  if (FILE* pipe = popen(command, "r")) {
-    if (!std::fgets(line, sizeof(line), pipe)) line[0] = 0;
-    pclose(pipe);
-  }
-  line[std::strcspn(line, " \n")] = 0;
-  return line[0] && line[0] != '?' ? std::string(base(line)) + ": " : "";
-}
-
-// Whether something orders an access before the one that the current thread makes.
-bool ordered(const Access& before, bool shared) {
-  if (before.launch != launches) return true;
-  if (before.block != block_number) return shared || block_is_atomic;
-  if (before.barriers != barriers) return true;
-  if (before.thread == current->id) return true;
-  return before.warp == current->warp && before.warp_syncs < current->warp_syncs;
-}
-
-[[gnu::noinline]] void report_race(void* from, const Region& region, uintptr_t a, const Access& other, bool write,
-                                   bool other_writes) {
-  char who[80];
-  if (other.block != block_number) {
-    std::snprintf(who, sizeof(who), "block %lld", static_cast<long long>(other.block));
-  } else if (other.thread == kMany) {
-    std::snprintf(who, sizeof(who), "other threads");
-  } else {
-    std::snprintf(who, sizeof(who), "thread %d", other.thread);
-  }
-  fail("%srace: %s byte %zu of %s that %s %s with no barrier between", place(from).c_str(), write ? "writes" : "reads",
-       static_cast<size_t>(a - region.begin), region.shared ? "shared memory" : "a tensor", who,
-       other_writes ? "wrote" : "read");
-}
-
-[[gnu::noinline]] void check_outside(void* from, uintptr_t a, size_t n, bool write) {
-  if (!write && (a < reinterpret_cast<uintptr_t>(static_bytes) || a >= reinterpret_cast<uintptr_t>(std::end(static_bytes))) &&
-      a >= reinterpret_cast<uintptr_t>(&__ehdr_start) && a + n <= reinterpret_cast<uintptr_t>(&_end)) {
-    return;  // constants
-  }
-  if (!write && a >= reinterpret_cast<uintptr_t>(host_stack_low) && a + n <= reinterpret_cast<uintptr_t>(host_stack_high)) {
-    return;  // the kernel's parameters
-  }
-  const Region* near = nullptr;
-  for (const auto& r : regions) {
-    if (r->begin <= a && (!near || r->begin > near->begin)) near = r.get();
-  }
-  if (dynamic_region.begin <= a && a < dynamic_region.end + 4096) near = &dynamic_region;
-  for (const auto& v : statics) {
-    if (v->region.begin <= a && a < v->region.end + kGap) near = &v->region;
-  }
-  char relative[120] = "memory that is no tensor's";
-  if (near && a < near->end + (1 << 20)) {
-    std::snprintf(relative, sizeof(relative), "at byte %zu of %zu of %s", static_cast<size_t>(a - near->begin),
-                  static_cast<size_t>(near->end - near->begin), near->shared ? "shared memory" : "a tensor");
-  }
-  fail("%soutside: %s %zu bytes, %s", place(from).c_str(), write ? "writes" : "reads", n, relative);
-}
-
-Region* find(uintptr_t a) {
-  if (last_region && a >= last_region->begin && a < last_region->end) return last_region;
-  if (a >= dynamic_region.begin && a < dynamic_region.end) return last_region = &dynamic_region;
-  for (const auto& v : statics) {
-    if (a >= v->region.begin && a < v->region.end) return last_region = &v->region;
-  }
-  auto after = std::upper_bound(regions.begin(), regions.end(), a, [](uintptr_t v, const auto& r) { return v < r->begin; });
-  if (after == regions.begin()) return nullptr;
-  Region* r = std::prev(after)->get();
-  return a < r->end ? last_region = r : nullptr;
-}
-
-void access(void* from, uintptr_t a, size_t n, bool write) {
-  if (!current || n == 0) return;  // the host's own accesses are its own business
-  const uintptr_t stack = reinterpret_cast<uintptr_t>(stacks) + static_cast<size_t>(current->id) * kStack;
-  if (a >= stack && a < stack + kStack) return;
-  Region* r = find(a);
-  if (!r) return check_outside(from, a, n, write);
-  if (a + n > r->end) return check_outside(from, a, n, write);
-  if (write && !r->writable) {
-    return fail("%swrites byte %zu of a tensor whose pointer is const", place(from).c_str(), static_cast<size_t>(a - r->begin));
-  }
-  const size_t first = (a - r->begin) / r->granule, last = (a + n - 1 - r->begin) / r->granule;
-  const Access now{launches, block_number, current->id, current->warp, barriers, current->warp_syncs};
-  for (size_t i = first; i <= last; ++i) {
-    Cell& cell = r->cells[i];
-    if (!ordered(cell.write, r->shared)) return report_race(from, *r, a, cell.write, write, true);
-    const bool after_reads = ordered(cell.read, r->shared);
-    if (write) {
-      if (!after_reads) return report_race(from, *r, a, cell.read, write, false);
-      cell.write = now;
-    } else if (after_reads) {
-      cell.read = now;
-    } else if (cell.read.block != block_number) {
-      cell.read.block = kMany;
-    } else {
-      cell.read.thread = kMany;
-      if (cell.read.warp != current->warp) cell.read.warp = kMany;
-      cell.read.warp_syncs = std::max(cell.read.warp_syncs, current->warp_syncs);
-    }
-  }
-}
+#include "accesses.h"
 
 // ---- barriers and exchanges
 
@@ -400,10 +296,10 @@ std::string stuck() {
   }
   const Thread* t = barrier ? barrier : exchange;
   std::snprintf(text, sizeof(text),
-                "%s:%d: %s that not all threads reach: of %d threads %d wait at a barrier, %d ended, and %d wait for lanes "
-                "of their warp",
-                base(t->file), t->line, barrier ? "a barrier" : "an exchange within a warp", thread_count, at_barrier, ended,
-                thread_count - at_barrier - ended);
+                "%s:%d: %s that not all threads reach: of %d threads %d wait at a barrier, %d ended, and %d wait for "
+                "lanes of their warp",
+                base(t->file), t->line, barrier ? "a barrier" : "an exchange within a warp", thread_count, at_barrier,
+                ended, thread_count - at_barrier - ended);
   if (barrier && exchange) {
     const size_t used = std::strlen(text);
     std::snprintf(text + used, sizeof(text) - used, " at %s:%d", base(exchange->file), exchange->line);
@@ -450,8 +346,8 @@ void run_block(const Config& config, int order) {
   size_t used = dynamic_region.end - dynamic_region.begin;
   for (const auto& v : statics) used += v->region.end - v->region.begin;
   if (used > shared_limit) {
-    failure = std::string(kernel_name) + ": " + std::to_string(used) + " bytes of shared memory, of which a block has " +
-        std::to_string(shared_limit);
+    failure = std::string(kernel_name) + ": " + std::to_string(used) + " bytes of shared memory, of which a block has "
+        + std::to_string(shared_limit);
   }
 }
 
@@ -476,7 +372,8 @@ int barrier(int predicate, const char* file, int line) {
   return barrier_result;
 }
 
-Value exchange(Exchange kind, unsigned mask, Value mine, size_t size, int operand, int width, const char* file, int line) {
+Value exchange(
+    Exchange kind, unsigned mask, Value mine, size_t size, int operand, int width, const char* file, int line) {
   Thread& t = *current;
   Warp& warp = warps[t.warp];
   if (!(mask >> t.lane & 1)) fail("%s:%d: lane %d is not in its own mask %#x", base(file), line, t.lane, mask);
@@ -489,8 +386,8 @@ Value exchange(Exchange kind, unsigned mask, Value mine, size_t size, int operan
     if (!(g.mask & mask)) continue;
     if (g.mask != mask || g.kind != kind || g.size != size || g.width != width || g.line != line ||
         std::strcmp(g.file, file) != 0) {
-      fail("%s:%d: lane %d of mask %#x comes here while others wait at %s:%d with mask %#x", base(file), line, t.lane, mask,
-           base(g.file), g.line, g.mask);
+      fail("%s:%d: lane %d of mask %#x comes here while others wait at %s:%d with mask %#x", base(file), line, t.lane,
+           mask, base(g.file), g.line, g.mask);
     }
     group = &g;
   }
@@ -511,79 +408,11 @@ Value exchange(Exchange kind, unsigned mask, Value mine, size_t size, int operan
 
 void* dynamic_shared() { return reinterpret_cast<void*>(dynamic_region.begin); }
 
-void* static_shared(const void* key, size_t size, size_t align) {
-  Static* found = nullptr;
-  for (const auto& v : statics) {
-    if (v->key == key) found = v.get();
-  }
-  if (!found) {
-    const uintptr_t start = statics.empty() ? reinterpret_cast<uintptr_t>(static_bytes) : statics.back()->region.end + kGap;
-    const uintptr_t begin = (start + align - 1) / align * align;
-    if (begin + size > reinterpret_cast<uintptr_t>(std::end(static_bytes))) fail("more __shared__ variables than a GPU has");
-    Region region{begin, begin + size, 1, true, true, std::vector<Cell>(size)};
-    statics.push_back(std::make_unique<Static>(Static{key, -1, std::move(region)}));
-    found = statics.back().get();
-  }
-  void* p = reinterpret_cast<void*>(found->region.begin);
-  if (found->block != block_number) std::memset(p, 0xff, size);
-  found->block = block_number;
-  return p;
-}
-
-void memory(const void* p, size_t size, bool writable, size_t granule) {
-  if (size == 0) return;
-  uintptr_t begin = reinterpret_cast<uintptr_t>(p), end = begin + size;
-  const std::lock_guard lock(running);
-  for (auto& r : regions) {
-    if (r->begin == begin && r->end == end && r->granule <= granule) {
-      r->writable |= writable;
-      return;
-    }
-  }
-  for (size_t i = regions.size(); i-- > 0;) {  // two views of one storage are one region
-    Region& r = *regions[i];
-    if (r.end <= begin || end <= r.begin) continue;
-    begin = std::min(begin, r.begin);
-    end = std::max(end, r.end);
-    granule = std::min(granule, r.granule);
-    writable |= r.writable;
-    regions.erase(regions.begin() + static_cast<long>(i));
-  }
-  auto made = std::make_unique<Region>(Region{begin, end, granule, writable, false, {}});
-  made->cells.resize((end - begin + granule - 1) / granule);
-  regions.insert(std::upper_bound(regions.begin(), regions.end(), begin,
-                                  [](uintptr_t v, const auto& r) { return v < r->begin; }),
-                 std::move(made));
-  last_region = nullptr;
-}
-
-void tensor(AtenTensorHandle t, const void* p, bool writable) {
-  int64_t dim = 0, *sizes = nullptr, *strides = nullptr, last = 0;
-  int32_t dtype = 0;
-  aoti_torch_get_dim(t, &dim);
-  aoti_torch_get_sizes(t, &sizes);
-  aoti_torch_get_strides(t, &strides);
-  aoti_torch_get_dtype(t, &dtype);
-  for (int64_t i = 0; i < dim; ++i) {
-    if (sizes[i] == 0) return;
-    last += (sizes[i] - 1) * strides[i];
-  }
-  const size_t element = aoti_torch_dtype_element_size(dtype);
-  memory(p, static_cast<size_t>(last + 1) * element, writable, element);
-}
-
-void copied(const void* device, size_t size, bool written) {
-  const std::lock_guard lock(running);
-  const uintptr_t a = reinterpret_cast<uintptr_t>(device);
-  for (const auto& r : regions) {
-    if (a >= r->begin && a + size <= r->end && (r->writable || !written)) return;
-  }
-  throw std::runtime_error("cudaMemcpyAsync or cudaMemsetAsync outside a tensor");
-}
+#include "regions.h"
 
 void atomic() { block_is_atomic = true; }
 void allow_shared(size_t bytes) {
-  if (bytes > kSharedBytesOptIn) throw std::runtime_error("cudaFuncSetAttribute: more shared memory than a block can have");
+  if (bytes > kSharedBytesOptIn) throw std::runtime_error("cudaFuncSetAttribute: more shared memory than a block has");
   shared_limit = std::max(shared_limit, bytes);
 }
 void guard(int change) {
@@ -608,13 +437,15 @@ void run(const char* kernel, const Config& config, void (*thread)(void*), void* 
   if (config.shared > shared_limit) throw std::runtime_error(name + ": more dynamic shared memory than was allowed");
   if (!stacks) {
     stacks = static_cast<char*>(
-        mmap(nullptr, kStack * kMaxThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+        mmap(nullptr, kStack * kMaxThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1,
+             0));
     if (stacks == MAP_FAILED) throw std::runtime_error("emulation: no memory for stacks");
   }
   host_stack_low = static_cast<char*>(__builtin_frame_address(0));
-  host_stack_high = host_stack_low + (64 << 10);
+  host_stack_high = host_stack_low + (128 << 10);
   std::vector<char> storage(config.shared + 48);
-  const uintptr_t aligned = (reinterpret_cast<uintptr_t>(storage.data()) + 31) / 32 * 32 + 16;  // 16 is all that is promised
+  // On 16 bytes and no more, which is all that is promised.
+  const uintptr_t aligned = (reinterpret_cast<uintptr_t>(storage.data()) + 31) / 32 * 32 + 16;
   dynamic_region = {aligned, aligned + config.shared, 1, true, true, std::vector<Cell>(config.shared)};
   kernel_name = kernel;
   thread_body = thread;
@@ -641,71 +472,4 @@ void run(const char* kernel, const Config& config, void (*thread)(void*), void* 
 
 }  // namespace emulation
 
-// ---- what the compiler calls
-
-namespace {
-[[gnu::noinline]] void undefined_behaviour(const void* data, const char* what, uintptr_t value) {
-  struct Location {
-    const char* file;
-    uint32_t line, column;
-  };
-  const auto* at = static_cast<const Location*>(data);
-  if (!emulation::current) {
-    std::fprintf(stderr, "%s:%u: %s %#zx in host code\n", at->file, at->line, what, static_cast<size_t>(value));
-    std::abort();
-  }
-  emulation::fail("%s:%u: %s %#zx", emulation::base(at->file), at->line, what, static_cast<size_t>(value));
-}
-}  // namespace
-
-#define ACCESS(n)                                                                                                    \
-  void __tsan_read##n(void* p) { emulation::access(__builtin_return_address(0), reinterpret_cast<uintptr_t>(p), n, false); }  \
-  void __tsan_write##n(void* p) { emulation::access(__builtin_return_address(0), reinterpret_cast<uintptr_t>(p), n, true); }  \
-  void __tsan_volatile_read##n(void* p) { emulation::access(__builtin_return_address(0), reinterpret_cast<uintptr_t>(p), n, false); } \
-  void __tsan_volatile_write##n(void* p) { emulation::access(__builtin_return_address(0), reinterpret_cast<uintptr_t>(p), n, true); }
-#define ATOMIC(bits)                                                                                                  \
-  uint##bits##_t __tsan_atomic##bits##_load(const volatile uint##bits##_t* p, int) { return *p; }                    \
-  void __tsan_atomic##bits##_store(volatile uint##bits##_t* p, uint##bits##_t v, int) { *p = v; }                     \
-  uint##bits##_t __tsan_atomic##bits##_exchange(volatile uint##bits##_t* p, uint##bits##_t v, int) {                  \
-    return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                                               \
-  }                                                                                                                   \
-  uint##bits##_t __tsan_atomic##bits##_fetch_add(volatile uint##bits##_t* p, uint##bits##_t v, int) {                 \
-    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);                                                                \
-  }                                                                                                                   \
-  uint##bits##_t __tsan_atomic##bits##_fetch_sub(volatile uint##bits##_t* p, uint##bits##_t v, int) {                 \
-    return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST);                                                                \
-  }                                                                                                                   \
-  int __tsan_atomic##bits##_compare_exchange_strong(volatile uint##bits##_t* p, uint##bits##_t* e, uint##bits##_t v,  \
-                                                    int, int) {                                                       \
-    return __atomic_compare_exchange_n(p, e, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                           \
-  }
-#define UNDEFINED(name, what) \
-  void __ubsan_handle_##name(void* data, uintptr_t value) { undefined_behaviour(data, what, value); }
-extern "C" {
-ACCESS(1)
-ACCESS(2)
-ACCESS(4)
-ACCESS(8)
-ACCESS(16)
-void __tsan_read_range(void* p, size_t n) { emulation::access(__builtin_return_address(0), reinterpret_cast<uintptr_t>(p), n, false); }
-void __tsan_write_range(void* p, size_t n) { emulation::access(__builtin_return_address(0), reinterpret_cast<uintptr_t>(p), n, true); }
-void __tsan_init() {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_vptr_update(void*, void*) {}
-void __tsan_vptr_read(void*) {}
-void __tsan_atomic_thread_fence(int) {}
-void __tsan_atomic_signal_fence(int) {}
-ATOMIC(8)
-ATOMIC(16)
-ATOMIC(32)
-ATOMIC(64)
-UNDEFINED(type_mismatch_v1, "a misaligned or null address")
-UNDEFINED(out_of_bounds, "an index outside its array,")
-UNDEFINED(shift_out_of_bounds, "a shift out of bounds of")
-UNDEFINED(divrem_overflow, "a division by zero of")
-UNDEFINED(add_overflow, "an integer overflow from")
-UNDEFINED(sub_overflow, "an integer overflow from")
-UNDEFINED(mul_overflow, "an integer overflow from")
-UNDEFINED(negate_overflow, "an integer overflow from")
-}
+#include "sanitizers.h"

@@ -128,7 +128,8 @@ struct Value {
   alignas(8) unsigned char bytes[8];
 };
 // The calling thread's part in what the lanes of `mask` do together; returns when all of them came.
-Value exchange(Exchange kind, unsigned mask, Value mine, size_t size, int operand, int width, const char* file, int line);
+Value exchange(
+    Exchange kind, unsigned mask, Value mine, size_t size, int operand, int width, const char* file, int line);
 // The calling thread's part in a barrier of its block; returns the number of threads that came with a predicate.
 int barrier(int predicate, const char* file, int line);
 
@@ -147,7 +148,7 @@ struct Launched {
   std::tuple<A...> args;
 };
 
-// kernel<<<config>>>(args...) becomes Launch("kernel", config, [&](auto... a) { kernel(a...); })(args...).
+// kernel<<<config>>>(args...) becomes Launch("kernel", config, [&](const auto&... a) { kernel(a...); })(args...).
 template <typename F>
 struct Launch {
   const char* kernel;
@@ -156,7 +157,7 @@ struct Launch {
   Launch(const char* kernel, Config config, F f) : kernel(kernel), config(config), f(f) {}
   template <typename... A>
   void operator()(A... args) {
-    static_assert((sizeof(A) + ... + 0) <= 4096, "a kernel's parameters may take 4 KB");
+    static_assert((sizeof(A) + ... + 0) <= 32764, "a kernel's parameters may take 32,764 bytes");
     static_assert((std::is_trivially_copyable_v<A> && ...), "a kernel's parameters are copied as bytes");
     Launched<F, A...> launched{f, {args...}};
     run(kernel, config, [](void* data) {
@@ -188,8 +189,8 @@ inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  constexpr int values[] = {emulation::kSms, emulation::kSharedBytes, emulation::kSharedBytesOptIn, 228 * 1024, 50 << 20,
-                            9, 0, 2048, 32};
+  constexpr int values[] = {emulation::kSms, emulation::kSharedBytes, emulation::kSharedBytesOptIn, 228 * 1024,
+                            50 << 20, 9, 0, 2048, 32};
   return *value = values[attribute], cudaSuccess;
 }
 template <typename F>
