@@ -106,24 +106,24 @@ FAULTS = {  # in the order of cuda_emulation/faults.cu's enumeration, which begi
 
 
 @pytest.fixture(scope="module")
-def row_sums():
-    schemas = {"row_sums": "(Tensor x, Tensor count, int fault) -> Tensor"}
-    return emulation.build(emulation.RUNTIME / "faults.cu", schemas).row_sums
+def faulty_sums():
+    schemas = {"faulty_sums": "(Tensor x, Tensor count, int fault) -> Tensor"}
+    return emulation.build(emulation.RUNTIME / "faults.cu", schemas).faulty_sums
 
 
-def test_a_right_kernel_has_no_fault(row_sums):
+def test_a_right_kernel_has_no_fault(faulty_sums):
     x, count = torch.randn(5, 100), torch.zeros(1, dtype=torch.int32)
-    torch.testing.assert_close(row_sums(x, count, 0), x.sum(1))
+    torch.testing.assert_close(faulty_sums(x, count, 0), x.sum(1))
     assert count.item() == 5
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found(row_sums, fault):
+def test_a_fault_is_found(faulty_sums, fault):
     """A checker that cannot fail is worth nothing. Twice, because threads then run the other way round."""
     for _ in range(2):
         with pytest.raises(RuntimeError, match=FAULTS[fault]):
-            row_sums(torch.randn(3, 100), torch.zeros(1, dtype=torch.int32), 1 + list(FAULTS).index(fault))
+            faulty_sums(torch.randn(3, 100), torch.zeros(1, dtype=torch.int32), 1 + list(FAULTS).index(fault))
 
 
-def test_shared_memory_that_was_never_written_is_nan(row_sums):
-    assert row_sums(torch.randn(3, 100), torch.zeros(1, dtype=torch.int32), 1 + len(FAULTS)).isnan().all()
+def test_shared_memory_that_was_never_written_is_nan(faulty_sums):
+    assert faulty_sums(torch.randn(3, 100), torch.zeros(1, dtype=torch.int32), 1 + len(FAULTS)).isnan().all()

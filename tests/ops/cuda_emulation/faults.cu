@@ -53,7 +53,7 @@ __global__ void row_sums_kernel(const float* x, float* y, int* count, int64_t C,
 
 }  // namespace
 
-Tensor row_sums(Tensor x, Tensor count, int64_t fault) {
+Tensor faulty_sums(Tensor x, Tensor count, int64_t fault) {
   const int64_t rows = x.size(0);
   Tensor y = make_empty(x, {rows}, ScalarType::Float);
   auto run = [&](auto kernel) {
@@ -74,4 +74,4 @@ Tensor row_sums(Tensor x, Tensor count, int64_t fault) {
 
 }  // namespace fastgpt
 
-STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) { m.impl("row_sums", TORCH_BOX(&fastgpt::row_sums)); }
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) { m.impl("faulty_sums", TORCH_BOX(&fastgpt::faulty_sums)); }
