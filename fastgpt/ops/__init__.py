@@ -4,6 +4,15 @@ Works without the rest of the library: `from fastgpt import ops`, then `ops.laye
 """
 
 from fastgpt.ops.layer_norm import layer_norm, layer_norm_reference
+from fastgpt.ops.lora_linear import lora_linear, lora_linear_reference
 from fastgpt.ops.registry import Implementation, implementations, using
 
-__all__ = ["Implementation", "implementations", "layer_norm", "layer_norm_reference", "using"]
+__all__ = [
+    "Implementation",
+    "implementations",
+    "layer_norm",
+    "layer_norm_reference",
+    "lora_linear",
+    "lora_linear_reference",
+    "using",
+]

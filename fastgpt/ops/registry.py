@@ -50,18 +50,32 @@ def _load_extension() -> str | None:
 _missing = _load_extension()
 _mode: Mode = "reference" if os.environ.get("FASTGPT_OPS") == "reference" else "auto"
 _kernels: dict[str, dict[str, str]] = {}  # op -> device type -> the kind of kernel that the op has for it
+_because: dict[str, str] = {}  # op -> why its kernel is taken
 _present: set[tuple[str, str]] = set()  # (op, device type) whose kernel is really there
 
 
-def register(op: str, *, cpu: str, cuda: str) -> None:
-    """Called once by each op's file, after its schema; `cpu` and `cuda` name the kind of kernel it has there."""
+def register(op: str, *, cpu: str, cuda: str, because: str = "its kernel is built and loaded") -> None:
+    """Called once by each op's file, after its schema and what Python implements of it.
+
+    Args:
+        cpu, cuda: the kind of kernel that the op has there: "C++", "CUDA C++", "Triton" or a library's name.
+        because: why that is taken where it is there, for `fastgpt info`.
+    """
     _kernels[op] = {"cpu": cpu, "cuda": cuda}
+    _because[op] = because
     for device in DEVICE_TYPES:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgpt::{op}", device.upper()):
             _present.add((op, device))
 
 
-def differentiable(op: str, *, save: Callable[..., None], backward: Callable[..., Any], visible: int = 1) -> Any:
+def differentiable(
+    op: str,
+    *,
+    save: Callable[..., None],
+    backward: Callable[..., Any],
+    visible: int = 1,
+    launcher: Callable[..., Any] | None = None,
+) -> Any:
     """Makes `fastgpt::<op>` differentiable and returns what the op's public function calls.
 
     Under torch.compile, and under functorch's transforms, that is the registered op. In eager mode it is an
@@ -73,6 +87,7 @@ def differentiable(op: str, *, save: Callable[..., None], backward: Callable[...
         backward: `backward(ctx, *gradients)`; it has a gradient for each visible output in front, and calls
             `fastgpt::<op>_backward` through `call_below_autograd`.
         visible: how many of the op's outputs its callers see; those after them are for backward, and not returned.
+        launcher: the implementation of an op that Python implements, for eager mode to call without the dispatcher.
 
     Returns:
         a function of the op's arguments, which returns the visible output, or a tuple of them if they are several.
@@ -95,7 +110,7 @@ def differentiable(op: str, *, save: Callable[..., None], backward: Callable[...
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                output = registered(*args)
+                output = (launcher or registered)(*args)
             save(ctx, args, output)
             return output if single else output[0] if visible == 1 else tuple(output[:visible])
 
@@ -106,12 +121,17 @@ def differentiable(op: str, *, save: Callable[..., None], backward: Callable[...
     Direct.__name__ = Direct.__qualname__ = op
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch.compiler.is_compiling() or _is_transformed():
             output = registered(*args)
             return output if single else output[0] if visible == 1 else tuple(output[:visible])
         return Direct.apply(*args)
 
     return call
+
+
+def _is_transformed() -> bool:
+    """Whether functorch or a dispatch mode (fake tensors, tracing) must see the registered op."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0
 
 
 def call_below_autograd(op: str, *args: Any) -> Any:
@@ -135,7 +155,7 @@ def implementation(op: str, device: str) -> Implementation:
         return Implementation(op, device, "reference", 'forced by FASTGPT_OPS=reference or ops.using("reference")')
     if (op, device) in _present:
         assert kind is not None
-        return Implementation(op, device, kind, "its kernel is built and loaded")
+        return Implementation(op, device, kind, _because[op])
     if kind is None:
         return Implementation(op, device, "reference", f"it has no kernel for {device}")
     if _missing:

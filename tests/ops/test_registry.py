@@ -26,7 +26,10 @@ def test_the_extension_is_built_where_a_compiler_is():
 
 def test_every_op_has_a_row_for_each_device():
     rows = ops.implementations()
-    assert {(r.op, r.device) for r in rows} == {("layer_norm", "cpu"), ("layer_norm", "cuda")}
+    names = {r.op for r in rows}
+    assert names <= set(ops.__all__)
+    assert {name.removesuffix("_reference") for name in ops.__all__ if name.endswith("_reference")} == names
+    assert {(r.op, r.device) for r in rows} == {(name, device) for name in names for device in ("cpu", "cuda")}
     assert all(r.reason for r in rows)
     if not torch.version.cuda:
         assert registry.implementation("layer_norm", "cuda").name == "reference"
@@ -65,12 +68,12 @@ x, w = torch.randn(2, 8, requires_grad=True), torch.ones(8)
 ops.layer_norm(x, w, w).sum().backward()
 model = GPT(GPTConfig.preset("micro"))
 model.loss(torch.ones(1, 4).long(), torch.ones(1, 4).long()).backward()
-print(ops.implementations()[0])
+print(ops.implementations())
 """
     done = python(code, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert str(tmp_path) in done.stdout
-    assert "name='reference'" in done.stdout
+    assert "op='layer_norm', device='cpu', name='reference'" in done.stdout
     assert ("does not load" if broken else "was not built") in done.stdout
 
 
