@@ -21,6 +21,8 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "the low half of a random word is its first number");
 
 constexpr const char* kName = "attention";
+// Below 16 thousand scores a second thread costs more than it brings.
+constexpr int64_t kMinElements = 16384;
 
 // 16-bit numbers for columns [8 * first, 8 * last) of a row; `words` holds the four of each counter.
 FASTGPT_INLINE void random_octets(

@@ -53,9 +53,9 @@ def attention_reference(
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         check_boundaries(cu_seqlens, B * T_q)
     scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(D) if scale is None else scale)  # (B, H, T_q, T_k)
-    start, end = spans(q, k, causal, cu_seqlens)
+    start, end = (t[:, None, :, None] for t in spans(q, k, causal, cu_seqlens))  # (1 or B, 1, T_q, 1)
     column = torch.arange(T_k, device=q.device)
-    seen = (column >= start[..., None]) & (column < end[..., None])  # (1 or B, 1, T_q, T_k)
+    seen = (column >= start) & (column < end)  # (1 or B, 1, T_q, T_k)
     scores = scores.masked_fill(~seen, -math.inf)
     weights = torch.softmax(scores, -1).masked_fill(~seen, 0.0)  # a row of -inf only is NaN, and to be 0
     if philox.threshold(dropout_p):
@@ -123,8 +123,8 @@ def _route(q: Tensor, k: Tensor, causal: bool, dropout_p: float, cu_seqlens: Ten
     T_q, T_k = q.size(2), k.size(2)
     plain = dropout_p == 0 and cu_seqlens is None and (T_q == T_k or T_q == 1 or not causal) and T_k > 0 < T_q
     if q.device.type == "cpu":
-        if dropout_p and not registry.takes_kernel("attention_dropout_", q):
-            return "reference"  # its C++ is not built
+        if dropout_p and not attention_cpu.HAS_DROPOUT:
+            return "reference"
         # Without gradients there is nothing for the op to add, and decoding should not pay the 10 us that it takes.
         return "sdpa" if plain and not torch.is_grad_enabled() else "kernel"
     if q.dtype == torch.float64 or q.size(3) > MAX_HEAD_DIM:
@@ -229,30 +229,31 @@ def _backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     return *grads, None, None, None, None, None
 
 
-def _load_triton() -> str | None:
-    """Registers the Triton kernels; returns None, or why they are not there."""
+try:
     if not torch.version.cuda:
-        return "torch was built without CUDA"
-    try:
-        from fastgpt.ops.triton import attention_launch
-    except ImportError as error:
-        return f"Triton does not import ({str(error).splitlines()[0]})"
+        raise ImportError("torch was built without CUDA")
+    from fastgpt.ops.triton import attention_launch
+except ImportError:
+    pass
+else:
     torch.library.impl("fastgpt::attention", "cuda")(attention_launch.forward)
     torch.library.impl("fastgpt::attention_backward", "cuda")(attention_launch.backward)
-    return None
-
-
 torch.library.impl("fastgpt::attention", "cpu")(attention_cpu.forward)
 torch.library.impl("fastgpt::attention_backward", "cpu")(attention_cpu.backward)
-_missing = _load_triton()
-_call = registry.differentiable("attention", save=_save, backward=_backward)
+
+
+def _launch(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return (attention_cpu if q.device.type == "cpu" else attention_launch).forward(q, *args)
+
+
+_call = registry.differentiable("attention", save=_save, backward=_backward, launcher=_launch)
 registry.register(
     "attention",
     cpu="SDPA",
     cuda="Triton",
-    why={
-        "cpu": "torch's flash kernel on its tuned matmuls, called so that it skips what is masked"
-        + ("; dropout in C++" if registry.extension_has("attention_dropout_") else "; dropout by the reference"),
-        "cuda": _missing or attention_table.describe(),
+    because={
+        "cpu": "torch's flash kernel, called so that it skips what is masked; "
+        + ("dropout is in C++" if attention_cpu.HAS_DROPOUT else "dropout takes the reference, as no C++ is built"),
+        "cuda": attention_table.describe(),
     },
 )

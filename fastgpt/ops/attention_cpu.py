@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastgpt.ops import philox
+from fastgpt.ops import philox, registry  # noqa: F401 (registry loads the extension)
 from fastgpt.ops.attention_spans import check_boundaries, documents, spans
 
 # Scores of as many heads at a time as make up 4 MiB in fp32: few enough to stay in a core's cache between the passes.
@@ -30,6 +30,7 @@ torch.library.define(
     "(Tensor(a!) scores, Tensor(b!) dp, Tensor lse, Tensor delta, Tensor starts, Tensor ends, Tensor seed, "
     "int first_head, float scale, int threshold, float inv_keep) -> ()",
 )
+HAS_DROPOUT = torch._C._dispatch_has_kernel_for_dispatch_key("fastgpt::attention_dropout_", "CPU")
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
