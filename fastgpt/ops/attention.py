@@ -95,8 +95,8 @@ def attention(
             ones give wrong results, but no access out of bounds.
 
     Returns:
-        (B, H, T_q, D), of q's dtype, laid out as (B, T_q, H, D) by the kernels, so that joining the heads again is a
-        view. Differentiable once in q, k and v; bitwise the same from run to run.
+        (B, H, T_q, D), of q's dtype; where q is a view of a fused projection it lies as (B, T_q, H, D), so that joining
+        the heads again is a view. Differentiable once in q, k and v; bitwise the same from run to run.
 
     Raises:
         TypeError: an argument is no tensor or its dtype is not one of the above.
@@ -198,23 +198,16 @@ def _check(
         raise ValueError(f"attention: cu_seqlens must come with as many rows of k as of q, got {k.size(2)} and {T}")
 
 
-def _fake_heads_last(t: Tensor) -> Tensor:
-    B, H, T, D = t.shape
-    return t.new_empty((B, T, H, D)).transpose(1, 2)
-
-
 @torch.library.register_fake("fastgpt::attention")
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    B, H, T, _D = q.shape
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if q.device.type == "cpu":  # torch's flash kernel has the heads last here too
-        return _fake_heads_last(q), q.new_empty((B, T, H), dtype=dtype).transpose(1, 2)
-    return _fake_heads_last(q), q.new_empty((B, H, T), dtype=dtype)
+    if q.device.type == "cpu":
+        return attention_cpu.empty_as(q), attention_cpu.empty_logsumexp(q)
+    return attention_cpu.heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("fastgpt::attention_backward")
-def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_heads_last(q), _fake_heads_last(k), _fake_heads_last(v)
+def _fake_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(attention_cpu.heads_last(t) for t in (q, k, v))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -47,14 +47,20 @@ def _bias(q: Tensor, k: Tensor, causal: bool) -> Tensor | None:
     return torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -math.inf)
 
 
-def _empty(like: Tensor) -> Tensor:
-    """As the flash kernel's outputs lie: (B, H, T, D) over (B, T, H, D)."""
-    return torch.empty_like(like.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+def empty_as(t: Tensor) -> Tensor:
+    """As the flash kernel's output lies: in t's order of dimensions, so (B, T, H, D) for views of a fused projection."""
+    return torch.empty_like(_rows_contiguous(t))
 
 
-def _empty_logsumexp(q: Tensor) -> Tensor:
+def heads_last(t: Tensor) -> Tensor:
+    """As its gradients lie: always (B, T, H, D)."""
+    B, H, T, D = t.shape
+    return t.new_empty((B, T, H, D)).transpose(1, 2)
+
+
+def empty_logsumexp(q: Tensor) -> Tensor:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty((q.size(0), q.size(2), q.size(1)), dtype=dtype).transpose(1, 2)
+    return q.new_empty((q.size(0), q.size(2), q.size(1)), dtype=dtype).transpose(1, 2)
 
 
 def forward(
@@ -79,7 +85,7 @@ def forward(
     if q.numel() and boundaries is None and not blind:
         square = causal and T_q == T_k
         return _flash(q, k, v, 0.0, square, attn_mask=None if square else _bias(q, k, causal), scale=scale)
-    out, lse = _empty(q), _empty_logsumexp(q)
+    out, lse = empty_as(q), empty_logsumexp(q)
     if boundaries is not None:
         for b, s, e in documents(boundaries, B, T_q) if q.numel() else []:
             part = (slice(b, b + 1), slice(None), slice(s, e))
@@ -116,7 +122,7 @@ def backward(
         square = causal and T_q == T_k
         bias = None if square else _bias(q, k, causal)
         return _flash_backward(dout, q, k, v, out, lse, 0.0, square, attn_mask=bias, scale=scale)
-    dq, dk, dv = map(_empty, (q, k, v))
+    dq, dk, dv = map(heads_last, (q, k, v))
     if cu_seqlens is not None:
         for b, s, e in documents(cu_seqlens.tolist(), B, T_q) if q.numel() else []:
             part = (slice(b, b + 1), slice(None), slice(s, e))
@@ -154,7 +160,7 @@ def _dropout_forward(
     seed: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _empty(q), _empty_logsumexp(q)
+    out, lse = empty_as(q), empty_logsumexp(q)
     numbers = (scale, philox.threshold(dropout_p), philox.inverse_keep(dropout_p))
     firsts, step, start, end = _chunks(q, k, causal, cu_seqlens)
     outs, lses = [], []
@@ -183,7 +189,7 @@ def _dropout_backward(
     seed: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = tuple(map(_empty, (q, k, v)))
+    grads = tuple(map(heads_last, (q, k, v)))
     numbers = (scale, philox.threshold(dropout_p), philox.inverse_keep(dropout_p))
     firsts, step, start, end = _chunks(q, k, causal, cu_seqlens)
     flat = [t.flatten(0, 1) for t in (q, k, v, out, dout)]

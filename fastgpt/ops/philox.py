@@ -36,10 +36,12 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, rounds: int = ROUNDS
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four random words from a counter, all as int64 tensors that broadcast; `seed` is an int64 tensor of one element."""
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         high1, low1 = _multiply(0xCD9E8D57, c2)
         high0, low0 = _multiply(0xD2511F53, c0)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0

@@ -7,8 +7,8 @@ For a query row i with key columns j in [start_i, end_i), which is what causalit
     lse_i = m_i + log2(l_i)                     +inf where the row sees nothing: then 2^(s - lse) = 0, and o_i = 0
 
 A program has BLOCK_M rows of one head and walks over the columns that any of them sees, BLOCK_N at a time: first those
-that some row does not see because its document starts later (masked), then those that all rows see (no mask at all),
-then the diagonal and the tail (masked). Masked scores are -inf before the maximum and 0 after the exponential: a column
+that all rows see, with no mask at all; then those that some row does not: the diagonal, the tail, and where a document
+begins. Masked scores are -inf before the maximum and 0 after the exponential: a column
 out of range was loaded as 0, and its score is 0, not -inf.
 
 With few rows (decoding), the columns are split over SPLITS programs, each of which gives an output and a logsumexp of
@@ -63,6 +63,26 @@ def row_span(Spans, row_base, rows, T_q, T_k, n_tokens, CAUSAL: tl.constexpr, DO
 
 
 @triton.jit
+def split_blocks(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr, BEFORE: tl.constexpr):
+    """Blocks that need no mask, [full_lo, full_hi), and those of [lo, hi) before and after, which do.
+
+    All four are multiples of BLOCK but hi. Returns where the first lie and how many they are; and for the second, which
+    one loop takes in turn, their first, how many come before a jump over the others, how far that is, and how many they
+    are. Two loops in a kernel and not three: with three, ptxas spills.
+    """
+    full = tl.maximum(tl.cdiv(full_hi - full_lo, BLOCK), 0)
+    after = tl.maximum(full_lo, full_hi)
+    if BEFORE:
+        before = tl.maximum(tl.cdiv(tl.minimum(full_lo, hi) - lo, BLOCK), 0)
+        first = lo
+    else:
+        before = full * 0
+        first = after
+    jump = after - first - before * BLOCK
+    return full, first, before, jump, before + tl.maximum(tl.cdiv(hi - after, BLOCK), 0)
+
+
+@triton.jit
 def column_ranges(
     Spans, row_base, m0, T_q, T_k, n_tokens,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
@@ -88,15 +108,18 @@ def column_ranges(
 
 @triton.jit
 def _accumulate(
-    acc, l, m, q, K, V, k_offsets, v_offsets, stride_kt, stride_vt, scale_log2, start, end, lo, hi, T_k,
-    seed, head, rows, threshold, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc, l, m, q, K, V, k_offsets, v_offsets, stride_kt, stride_vt, scale_log2, start, end,
+    first, before, jump, count, T_k, seed, head, rows, threshold, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DOCS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Takes columns [lo, hi), a multiple of BLOCK_N from lo, into the running output, sum and maximum."""
+    """Takes `count` blocks of columns into the running output, sum and maximum."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    for n0 in tl.range(lo, hi, BLOCK_N):
-        at = tl.cast(n0, tl.int64)
+    for i in tl.range(0, count):
+        n0 = first + i * BLOCK_N
+        if MASKED and DOCS:
+            n0 += tl.where(i < before, 0, jump)
+        at = n0.to(tl.int64)
         columns = n0 + offs_n
         # What cannot be out of range has no mask.
         if MASKED:
@@ -130,12 +153,12 @@ def _accumulate(
     return acc, l, m
 
 
-@triton.jit(do_not_specialize=["T_q", "T_k", "n_tokens", "split_blocks", "threshold"])
+@triton.jit(do_not_specialize=["T_q", "T_k", "n_tokens", "blocks_each", "threshold"])
 def attention_forward(
     Q, K, V, Out, Lse, Seed, Spans,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_os, stride_ob, stride_oh, stride_ot,
-    H, T_q, T_k, n_tokens, split_blocks, scale_log2, threshold, inv_keep,
+    H, T_q, T_k, n_tokens, blocks_each, scale_log2, threshold, inv_keep,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
     CAUSAL: tl.constexpr, DOCS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -168,8 +191,8 @@ def attention_forward(
         Spans, row_base, m0, T_q, T_k, n_tokens, BLOCK_M, BLOCK_N, CAUSAL, DOCS
     )  # fmt: skip
     if SPLITS > 1:
-        lo = tl.maximum(lo, split * split_blocks * BLOCK_N)
-        hi = tl.minimum(hi, (split + 1) * split_blocks * BLOCK_N)
+        lo = tl.maximum(lo, split * blocks_each * BLOCK_N)
+        hi = tl.minimum(hi, (split + 1) * blocks_each * BLOCK_N)
         full_lo = tl.maximum(full_lo, lo)
         full_hi = tl.minimum(full_hi, hi)
     if DROPOUT:
@@ -180,20 +203,15 @@ def attention_forward(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    if DOCS:
-        acc, l, m = _accumulate(
-            acc, l, m, q, K, V, k_offsets, v_offsets, stride_kt, stride_vt, scale_log2, start, end,
-            lo, tl.minimum(full_lo, hi), T_k, seed, head, rows, threshold,
-            PRECISION, D, BLOCK_D, BLOCK_N, True, DOCS, DROPOUT,
-        )  # fmt: skip
+    full, first, before, jump, masked = split_blocks(lo, full_lo, full_hi, hi, BLOCK_N, DOCS)
     acc, l, m = _accumulate(
         acc, l, m, q, K, V, k_offsets, v_offsets, stride_kt, stride_vt, scale_log2, start, end,
-        tl.maximum(lo, full_lo), full_hi, T_k, seed, head, rows, threshold,
+        full_lo, 0, 0, full, T_k, seed, head, rows, threshold,
         PRECISION, D, BLOCK_D, BLOCK_N, False, DOCS, DROPOUT,
     )  # fmt: skip
     acc, l, m = _accumulate(
         acc, l, m, q, K, V, k_offsets, v_offsets, stride_kt, stride_vt, scale_log2, start, end,
-        tl.maximum(tl.maximum(lo, full_lo), full_hi), hi, T_k, seed, head, rows, threshold,
+        first, before, jump, masked, T_k, seed, head, rows, threshold,
         PRECISION, D, BLOCK_D, BLOCK_N, True, DOCS, DROPOUT,
     )  # fmt: skip
 

@@ -15,19 +15,22 @@ are computed twice, 7 matmuls for 5. The first also computes delta and leaves it
 import triton
 import triton.language as tl
 
-from fastgpt.ops.triton.attention import column_ranges, keep_mask, row_span
+from fastgpt.ops.triton.attention import column_ranges, keep_mask, row_span, split_blocks
 
 
 @triton.jit
 def _accumulate_dq(
-    dq, q, do, lse, delta, K, V, k_offsets, v_offsets, stride_kt, stride_vt, scale_log2, start, end, lo, hi, T_k,
-    seed, head, rows, threshold, inv_keep, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    dq, q, do, lse, delta, K, V, k_offsets, v_offsets, stride_kt, stride_vt, scale_log2, start, end,
+    first, before, jump, count, T_k, seed, head, rows, threshold, inv_keep, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DOCS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    for n0 in tl.range(lo, hi, BLOCK_N):
-        at = tl.cast(n0, tl.int64)
+    for i in tl.range(0, count):
+        n0 = first + i * BLOCK_N
+        if MASKED and DOCS:
+            n0 += tl.where(i < before, 0, jump)
+        at = n0.to(tl.int64)
         columns = n0 + offs_n
         if MASKED:
             inside = (columns < T_k)[None, :] & (offs_d < D)[:, None]
@@ -105,20 +108,15 @@ def attention_backward_q(
     k_offsets = offs_n[None, :] * stride_kt + offs_d[:, None]
     v_offsets = offs_n[None, :] * stride_vt + offs_d[:, None]
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if DOCS:
-        dq = _accumulate_dq(
-            dq, q, do, lse, delta, K, V, k_offsets, v_offsets, stride_kt, stride_vt, scale_log2, start, end,
-            lo, tl.minimum(full_lo, hi), T_k, seed, head, rows, threshold, inv_keep,
-            PRECISION, D, BLOCK_D, BLOCK_N, True, DOCS, DROPOUT,
-        )  # fmt: skip
+    full, first, before, jump, masked = split_blocks(lo, full_lo, full_hi, hi, BLOCK_N, DOCS)
     dq = _accumulate_dq(
         dq, q, do, lse, delta, K, V, k_offsets, v_offsets, stride_kt, stride_vt, scale_log2, start, end,
-        full_lo, full_hi, T_k, seed, head, rows, threshold, inv_keep,
+        full_lo, 0, 0, full, T_k, seed, head, rows, threshold, inv_keep,
         PRECISION, D, BLOCK_D, BLOCK_N, False, DOCS, DROPOUT,
     )  # fmt: skip
     dq = _accumulate_dq(
         dq, q, do, lse, delta, K, V, k_offsets, v_offsets, stride_kt, stride_vt, scale_log2, start, end,
-        tl.maximum(full_lo, full_hi), hi, T_k, seed, head, rows, threshold, inv_keep,
+        first, before, jump, masked, T_k, seed, head, rows, threshold, inv_keep,
         PRECISION, D, BLOCK_D, BLOCK_N, True, DOCS, DROPOUT,
     )  # fmt: skip
     tl.store(dQ + in_block[:, None] * stride_dqt + offs_d[None, :], (dq * scale).to(dQ.dtype.element_ty), row_mask)
@@ -127,14 +125,17 @@ def attention_backward_q(
 @triton.jit
 def _accumulate_dkv(
     dk, dv, k, v, Q, dOut, Lse, Delta, Spans, q_offsets, g_offsets, stride_qt, stride_gt, scale_log2, columns, n0,
-    lo, hi, row_base, T_q, T_k, n_tokens, seed, head, threshold, inv_keep,
+    first, before, jump, count, row_base, T_q, T_k, n_tokens, seed, head, threshold, inv_keep,
     PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     in_block = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    for m0 in tl.range(lo, hi, BLOCK_M):
-        at = tl.cast(m0, tl.int64)
+    for i in tl.range(0, count):
+        m0 = first + i * BLOCK_M
+        if MASKED and DOCS:
+            m0 += tl.where(i < before, 0, jump)
+        at = m0.to(tl.int64)
         rows = m0 + in_block
         inside = rows < T_q
         qt = tl.load(Q + at * stride_qt + q_offsets, inside[None, :] & (offs_d < D)[:, None], other=0.0)
@@ -152,7 +153,7 @@ def _accumulate_dkv(
         dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if DROPOUT:
             keep = keep_mask(seed, head, rows, n0, BLOCK_N, threshold, True)
-            dropped = tl.where(keep, pt * inv_keep, 0.0)
+            dropped = tl.where(keep, pt, 0.0)  # dv is multiplied by inv_keep at the end
             dpt = tl.where(keep, dpt * inv_keep, 0.0)
         else:
             dropped = pt
@@ -229,23 +230,18 @@ def attention_backward_kv(
     g_offsets = in_rows[:, None] * stride_gt + offs_d[None, :]
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    full, mask_first, before, jump, masked = split_blocks(lo, full_lo, full_hi, hi, BLOCK_M, True)
     if CAUSAL or DOCS:
         dk, dv = _accumulate_dkv(
             dk, dv, k, v, Q, dOut, Lse, Delta, Spans, q_offsets, g_offsets, stride_qt, stride_gt, scale_log2,
-            columns, n0, lo, tl.minimum(full_lo, hi), row_base, T_q, T_k, n_tokens, seed, head, threshold, inv_keep,
-            PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, True, CAUSAL, DOCS, DROPOUT,
+            columns, n0, mask_first, before, jump, masked, row_base, T_q, T_k, n_tokens, seed, head, threshold,
+            inv_keep, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, True, CAUSAL, DOCS, DROPOUT,
         )  # fmt: skip
     dk, dv = _accumulate_dkv(
         dk, dv, k, v, Q, dOut, Lse, Delta, Spans, q_offsets, g_offsets, stride_qt, stride_gt, scale_log2,
-        columns, n0, full_lo, full_hi, row_base, T_q, T_k, n_tokens, seed, head, threshold, inv_keep,
-        PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, False, CAUSAL, DOCS, DROPOUT,
+        columns, n0, full_lo, 0, 0, full, row_base, T_q, T_k, n_tokens, seed, head, threshold,
+        inv_keep, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, False, CAUSAL, DOCS, DROPOUT,
     )  # fmt: skip
-    if DOCS:
-        dk, dv = _accumulate_dkv(
-            dk, dv, k, v, Q, dOut, Lse, Delta, Spans, q_offsets, g_offsets, stride_qt, stride_gt, scale_log2,
-            columns, n0, tl.maximum(full_lo, full_hi), hi, row_base, T_q, T_k, n_tokens, seed, head, threshold,
-            inv_keep, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, True, CAUSAL, DOCS, DROPOUT,
-        )  # fmt: skip
     out = in_columns[:, None]
     tl.store(dK + out * stride_dkt + offs_d[None, :], (dk * scale).to(dK.dtype.element_ty), column_mask)
-    tl.store(dV + out * stride_dvt + offs_d[None, :], dv.to(dV.dtype.element_ty), column_mask)
+    tl.store(dV + out * stride_dvt + offs_d[None, :], (dv * inv_keep).to(dV.dtype.element_ty), column_mask)

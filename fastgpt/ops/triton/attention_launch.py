@@ -47,11 +47,35 @@ def padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-TABLE: dict[tuple[str, int, int], Config] = {}
+# By padded head dimension, for 16-bit numbers. Hopper and Blackwell have 227 KB of shared memory a program...
+LARGE = {
+    16: Config(Tile(128, 64, 4, 3), Tile(16, 128, 4, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3)),
+    32: Config(Tile(128, 64, 8, 3), Tile(16, 128, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+    64: Config(Tile(128, 64, 8, 3), Tile(16, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),
+    128: Config(Tile(128, 64, 8, 3), Tile(16, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    256: Config(Tile(128, 32, 8, 2), Tile(16, 32, 4, 3), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1)),
+}
+# ... A100 has 163 KB, and the consumer's Ampere, Ada and Blackwell 99: this half of the table stays below that.
+SMALL = {
+    16: Config(Tile(128, 64, 4, 3), Tile(16, 128, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    32: Config(Tile(128, 64, 4, 3), Tile(16, 128, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    64: Config(Tile(128, 64, 4, 3), Tile(16, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    128: Config(Tile(128, 32, 4, 3), Tile(16, 64, 4, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
+    256: Config(Tile(64, 32, 4, 2), Tile(16, 32, 4, 2), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
+}
+# fp32 is multiplied exactly as torch does it, without tensor cores: its tiles are small, as all of it is in registers.
+FP32 = {
+    16: Config(Tile(64, 64, 4, 2), Tile(16, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
+    32: Config(Tile(64, 64, 4, 2), Tile(16, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
+    64: Config(Tile(64, 32, 4, 2), Tile(16, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+    128: Config(Tile(64, 32, 8, 2), Tile(16, 32, 4, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    256: Config(Tile(32, 16, 8, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
 
 
 def config(dtype: torch.dtype, head_dim: int, arch: int) -> Config:
-    return Config(Tile(64, 32, 4, 2), Tile(16, 64, 4, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))
+    table = FP32 if dtype == torch.float32 else LARGE if arch in (90, 100, 103) else SMALL
+    return table[padded(head_dim)]
 
 
 @functools.cache
@@ -189,7 +213,7 @@ def backward(
     B, H, T_q, D = q.shape
     T_k = k.size(2)
     if q.numel() == 0 or k.numel() == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        return tuple(heads_last(B, H, t.size(2), D, t).zero_() for t in (q, k, v))
     q, k, v, out, dout = map(_rows_contiguous, (q, k, v, out, dout))
     dq = heads_last(B, H, T_q, D, q)
     dk, dv = (heads_last(B, H, T_k, D, q) for _ in range(2))
