@@ -49,11 +49,11 @@ def padded(head_dim: int) -> int:
 
 # By padded head dimension, for 16-bit numbers. Hopper and Blackwell have 227 KB of shared memory a program...
 LARGE = {
-    16: Config(Tile(128, 64, 4, 3), Tile(16, 128, 4, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3)),
+    16: Config(Tile(128, 64, 4, 3), Tile(16, 128, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
     32: Config(Tile(128, 64, 8, 3), Tile(16, 128, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
     64: Config(Tile(128, 64, 8, 3), Tile(16, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),
-    128: Config(Tile(128, 64, 8, 3), Tile(16, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    256: Config(Tile(128, 32, 8, 2), Tile(16, 32, 4, 3), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1)),
+    128: Config(Tile(128, 64, 8, 3), Tile(16, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    256: Config(Tile(128, 32, 8, 2), Tile(16, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 1)),
 }
 # ... A100 has 163 KB, and the consumer's Ampere, Ada and Blackwell 99: this half of the table stays below that.
 SMALL = {
@@ -65,11 +65,11 @@ SMALL = {
 }
 # fp32 is multiplied exactly as torch does it, without tensor cores: its tiles are small, as all of it is in registers.
 FP32 = {
-    16: Config(Tile(64, 64, 4, 2), Tile(16, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
-    32: Config(Tile(64, 64, 4, 2), Tile(16, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
-    64: Config(Tile(64, 32, 4, 2), Tile(16, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
-    128: Config(Tile(64, 32, 8, 2), Tile(16, 32, 4, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    256: Config(Tile(32, 16, 8, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    16: Config(Tile(64, 32, 4, 2), Tile(16, 64, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    32: Config(Tile(64, 32, 4, 2), Tile(16, 64, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    64: Config(Tile(64, 32, 8, 2), Tile(16, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+    128: Config(Tile(32, 16, 8, 2), Tile(16, 32, 8, 2), Tile(32, 16, 8, 2), Tile(32, 16, 8, 2)),
+    256: Config(Tile(32, 16, 8, 1), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 1)),
 }
 
 
@@ -158,8 +158,8 @@ def forward(
     T_k = k.size(2)
     out = heads_last(B, H, T_q, D, q)
     lse = torch.empty((B, H, T_q), device=q.device, dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
+    if out.numel() == 0 or T_k == 0:
+        return out.zero_(), lse.fill_(math.inf)
     q, k, v = map(_rows_contiguous, (q, k, v))
     dropout = dropout_p > 0.0
     if tile is None:
