@@ -157,10 +157,11 @@ def _check(
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
             raise TypeError(f"attention: {name} must be a tensor, got {type(t).__name__}")
-        if t.dtype not in DTYPES:
-            raise TypeError(f"attention: {name} must be float32, float64, bfloat16 or float16, got {t.dtype}")
-        if t.dtype != q.dtype:
-            raise TypeError(f"attention: {name} must have q's dtype {q.dtype}, got {t.dtype}")
+        dtype = t.dtype
+        if dtype not in DTYPES:
+            raise TypeError(f"attention: {name} must be float32, float64, bfloat16 or float16, got {dtype}")
+        if dtype != q.dtype:
+            raise TypeError(f"attention: {name} must have q's dtype {q.dtype}, got {dtype}")
         if t.dim() != 4:
             raise ValueError(f"attention: {name} must have shape (B, H, T, D), got {tuple(t.shape)}")
         if t.device != q.device:

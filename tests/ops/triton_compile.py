@@ -62,7 +62,7 @@ def attention_kernels(arch: int, full: bool) -> Iterator[Job]:
         return label, fn, signature(fn, dtype, constants), constants, options
 
     def all_of(D: int, dtype: torch.dtype, *variant: bool) -> Iterator[Job]:
-        table = attention_launch.config(dtype, D, arch)
+        table = attention_launch.config(dtype, D, arch, variant[2])
         yield job(attention.attention_forward, table.forward, D, dtype, *variant, SPLITS=1)
         yield job(attention_backward.attention_backward_q, table.backward_q, D, dtype, *variant)
         yield job(attention_backward.attention_backward_kv, table.backward_kv, D, dtype, *variant)
@@ -80,7 +80,8 @@ def attention_kernels(arch: int, full: bool) -> Iterator[Job]:
     if full:
         variants += [(True, True, True), (False, True, False)]
     for D in HEAD_DIMS if full else (64,) if arch != 90 else (64, 128):
-        for variant in variants if full or arch == 90 and D == 64 else variants[:1]:
+        every = arch == 90 and D == 64 or full and D not in (80, 96)  # which are compiled as 128, but for masks
+        for variant in variants if every else variants[:1]:
             yield from all_of(D, torch.bfloat16, *variant)
         yield from decode(D, torch.bfloat16)
         if full:
