@@ -61,11 +61,11 @@ def _apart(q: Tensor, parts: list[tuple[int, int, int]]) -> bool:
     tokens with a mask took 1.35e-4 T^2 and 8.1e-5 T^2 ms.
     """
     B, _, T, _ = q.shape
-    return len(parts) <= B * (1 + T * T / (1700 if q.dtype in (torch.float32, torch.float64) else 14000))
+    return len(parts) <= B * (1 + T * T / (1000 if q.dtype in (torch.float32, torch.float64) else 14000))
 
 
 def empty_as(t: Tensor) -> Tensor:
-    """As the flash kernel's output lies: in t's order of dimensions, so (B, T, H, D) for views of a fused projection."""
+    """As the flash kernel's output lies: in t's order of dimensions, (B, T, H, D) for views of a fused projection."""
     return torch.empty_like(_rows_contiguous(t))
 
 
@@ -158,9 +158,7 @@ def backward(
     if blind == T_q or not q.numel():
         return dq.zero_(), dk.zero_(), dv.zero_()
     rest = (slice(None), slice(None), slice(blind, None))
-    dq[rest], dk[:], dv[:] = _flash_backward(
-        dout[rest], q[rest], k, v, out[rest], lse[rest], 0.0, True, scale=scale
-    )
+    dq[rest], dk[:], dv[:] = _flash_backward(dout[rest], q[rest], k, v, out[rest], lse[rest], 0.0, True, scale=scale)
     return dq, dk, dv
 
 
@@ -211,7 +209,7 @@ def _dropout_backward(
     seed: Tensor,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = tuple(map(heads_last, (q, k, v)))
+    grads = heads_last(q), heads_last(k), heads_last(v)
     numbers = (scale, philox.threshold(dropout_p), philox.inverse_keep(dropout_p))
     firsts, step, start, end = _chunks(q, k, causal, cu_seqlens)
     flat = [t.flatten(0, 1) for t in (q, k, v, out, dout)]

@@ -6,6 +6,8 @@ it is listed or not, so a document that a batch's rows cut in two is simply list
 empty document: the array can be padded to a fixed length with B * T.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ def check_boundaries(cu_seqlens: Tensor, tokens: int) -> list[int]:
             f"attention: cu_seqlens must begin with 0 and end with B * T = {tokens}, got {boundaries[0]} and "
             f"{boundaries[-1]}"
         )
-    if any(a > b for a, b in zip(boundaries, boundaries[1:], strict=False)):
+    if any(a > b for a, b in itertools.pairwise(boundaries)):
         raise ValueError("attention: cu_seqlens must not decrease, got a boundary below the one before it")
     return boundaries
 
@@ -26,7 +28,7 @@ def check_boundaries(cu_seqlens: Tensor, tokens: int) -> list[int]:
 def documents(boundaries: list[int], B: int, T: int) -> list[tuple[int, int, int]]:
     """(batch row, first token, end) of each document that is not empty, cut where rows end."""
     cuts = sorted({*boundaries, *range(0, B * T + 1, T)})
-    return [(a // T, a % T, a % T + b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [(a // T, a % T, a % T + b - a) for a, b in itertools.pairwise(cuts)]
 
 
 def spans(q: Tensor, k: Tensor, causal: bool, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

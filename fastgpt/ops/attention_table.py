@@ -21,9 +21,7 @@ TABLE: tuple[Entry, ...] = ()
 
 
 def sdpa_is_faster(arch: int, head_dim: int, length: int) -> bool:
-    return any(
-        e.arch == arch and e.head_dim == head_dim and e.min_length <= length <= e.max_length for e in TABLE
-    )
+    return any(e.arch == arch and e.head_dim == head_dim and e.min_length <= length <= e.max_length for e in TABLE)
 
 
 def describe() -> str:

@@ -39,7 +39,7 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 def philox(
     seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, rounds: int = ROUNDS
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four random words from a counter, all as int64 tensors that broadcast; `seed` is an int64 tensor of one element."""
+    """Four random words from a counter, as int64 tensors that broadcast; `seed` is one int64."""
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(rounds):
         high1, low1 = _multiply(0xCD9E8D57, c2)

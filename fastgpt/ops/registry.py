@@ -54,9 +54,7 @@ _because: dict[tuple[str, str], str] = {}  # (op, device type) -> why its kernel
 _present: set[tuple[str, str]] = set()  # (op, device type) whose kernel is really there
 
 
-def register(
-    op: str, *, cpu: str, cuda: str, because: str | dict[str, str] = "its kernel is built and loaded"
-) -> None:
+def register(op: str, *, cpu: str, cuda: str, because: str | dict[str, str] = "its kernel is built and loaded") -> None:
     """Called once by each op's file, after its schema and what Python implements of it.
 
     Args:

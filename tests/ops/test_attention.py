@@ -334,4 +334,3 @@ class TestPhilox:
                           causal=False, dropout_p=0.4, seed=seed)  # fmt: skip
         kept = philox.keep_mask(seed, B * H, T_q, T_k, 0.4).view(B, H, T_q, T_k)
         assert torch.equal(y > 0, kept[..., :8])
-

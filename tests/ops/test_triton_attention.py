@@ -178,7 +178,7 @@ def test_any_strides_give_the_same_bits():
     for i, t in enumerate((q, k, v)):
         wide[:, :, i, :2] = t.transpose(1, 2)
     fused = [wide[:, :, i, :2].transpose(1, 2) for i in range(3)]
-    swapped = [t.transpose(0, 3).contiguous().transpose(0, 3) for t in (q, k, v)]  # the last dimension is not contiguous
+    swapped = [t.transpose(0, 3).contiguous().transpose(0, 3) for t in (q, k, v)]  # last dimension far apart
     for other in (fused, swapped, [t.contiguous() for t in (q, k, v)]):
         found, _ = kernels(*other, do.transpose(1, 2).contiguous().transpose(1, 2))
         assert all(torch.equal(found[name], want[name]) for name in want)

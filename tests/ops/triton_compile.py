@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for a GPU that is not there; run as `python triton_compile.py ARCH quick|full`.
 
-One line of JSON for each: what it is, its registers, stack, shared memory, and the matmul instructions in its PTX. A
-stack of 0 bytes means that nothing spilled. To add an op's kernels, add a function to SOURCES.
+One line of JSON for each: what it is, its registers, stack, shared memory, and the matmul instructions in its PTX.
+Spilled registers go to the stack. To add an op's kernels, add a function to SOURCES.
 """
 
 import json
@@ -48,7 +48,9 @@ def attention_kernels(arch: int, full: bool) -> Iterator[Job]:
                 kinds[name] = "i32"
         return kinds
 
-    def job(fn: Any, tile: Any, D: int, dtype: torch.dtype, causal: bool, docs: bool, dropout: bool, **more: Any) -> Job:
+    def job(
+        fn: Any, tile: Any, D: int, dtype: torch.dtype, causal: bool, docs: bool, dropout: bool, **more: Any
+    ) -> Job:
         constants = dict(
             D=D, BLOCK_D=attention_launch.padded(D), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             CAUSAL=causal, DOCS=docs, DROPOUT=dropout, PRECISION=attention_launch._precision(dtype), **more,
@@ -58,7 +60,7 @@ def attention_kernels(arch: int, full: bool) -> Iterator[Job]:
         if not dropout:
             constants["Seed"] = None
         label = dict(D=D, dtype=str(dtype), causal=causal, docs=docs, dropout=dropout, tile=list(tile), **more)
-        options = dict(num_warps=tile.warps, num_stages=tile.stages)
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
         return label, fn, signature(fn, dtype, constants), constants, options
 
     def all_of(D: int, dtype: torch.dtype, *variant: bool) -> Iterator[Job]:
@@ -70,17 +72,17 @@ def attention_kernels(arch: int, full: bool) -> Iterator[Job]:
     def decode(D: int, dtype: torch.dtype) -> Iterator[Job]:
         tile = attention_launch.config(dtype, D, arch).decode
         yield job(attention.attention_forward, tile, D, dtype, True, False, False, SPLITS=8)
-        constants = dict(D=D, BLOCK_D=attention_launch.padded(D), SPLITS=8, BLOCK_S=8)
+        constants = {"D": D, "BLOCK_D": attention_launch.padded(D), "SPLITS": 8, "BLOCK_S": 8}
         kinds = signature(attention.combine, dtype, constants)
-        yield dict(D=D, dtype=str(dtype)), attention.combine, kinds, constants, dict(num_warps=4)
+        yield {"D": D, "dtype": str(dtype)}, attention.combine, kinds, constants, {"num_warps": 4}
 
     kinds = signature(attention.document_spans, torch.int32, {"BLOCK": 512})
-    yield {}, attention.document_spans, {**kinds, "BLOCK": "constexpr"}, {"BLOCK": 512}, dict(num_warps=4)
+    yield {}, attention.document_spans, {**kinds, "BLOCK": "constexpr"}, {"BLOCK": 512}, {"num_warps": 4}
     variants = [(True, False, False), (True, True, False), (True, False, True), (False, False, False)]
     if full:
         variants += [(True, True, True), (False, True, False)]
     for D in HEAD_DIMS if full else (64,) if arch != 90 else (64, 128):
-        every = arch == 90 and D == 64 or full and D not in (80, 96)  # which are compiled as 128, but for masks
+        every = D not in (80, 96) if full else (arch, D) == (90, 64)  # which are compiled as 128, but for masks
         for variant in variants if every else variants[:1]:
             yield from all_of(D, torch.bfloat16, *variant)
         yield from decode(D, torch.bfloat16)

@@ -17,6 +17,8 @@ its own; `combine` weighs them: o = sum_s 2^(lse_s - lse) o_s.
 Saved for backward: q, k, v, o and lse (fp32, one a row). z is not: it is a function of (seed, head, i, j).
 """
 
+# mypy: allow-untyped-defs
+
 import triton
 import triton.language as tl
 
@@ -87,7 +89,7 @@ def column_ranges(
     Spans, row_base, m0, T_q, T_k, n_tokens,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
 ):  # fmt: skip
-    """(lo, full_lo, full_hi, hi): rows m0 to m0 + BLOCK_M see nothing outside [lo, hi) and all of [full_lo, full_hi)."""
+    """(lo, full_lo, full_hi, hi): the rows from m0 see nothing outside [lo, hi) and all of [full_lo, full_hi)."""
     last = tl.minimum(m0 + BLOCK_M, T_q) - 1
     lo = m0 * 0
     full_lo = m0 * 0
@@ -108,9 +110,10 @@ def column_ranges(
 
 @triton.jit
 def _accumulate(
-    acc, l, m, q, K, V, k_offsets, v_offsets, stride_kt, stride_vt, scale_log2, start, end,
-    first, before, jump, count, T_k, seed, head, rows, threshold, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DOCS: tl.constexpr, DROPOUT: tl.constexpr,
+    acc, total, m, q, K, V, k_offsets, v_offsets, stride_kt, stride_vt, scale_log2, start, end,
+    first, before, jump, count, T_k, seed, head, rows, threshold,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, DOCS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Takes `count` blocks of columns into the running output, sum and maximum."""
     offs_n = tl.arange(0, BLOCK_N)
@@ -145,12 +148,12 @@ def _accumulate(
             base = new_m * scale_log2
             p = tl.exp2(s * scale_log2 - base[:, None])
         shrink = tl.exp2(m * scale_log2 - base)
-        l = l * shrink + tl.sum(p, 1)
+        total = total * shrink + tl.sum(p, 1)
         if DROPOUT:
             p = tl.where(keep_mask(seed, head, rows, n0, BLOCK_N, threshold, False), p, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         m = new_m
-    return acc, l, m
+    return acc, total, m
 
 
 @triton.jit(do_not_specialize=["T_q", "T_k", "n_tokens", "blocks_each", "threshold"])
@@ -201,25 +204,25 @@ def attention_forward(
         seed = 0
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     full, first, before, jump, masked = split_blocks(lo, full_lo, full_hi, hi, BLOCK_N, DOCS)
-    acc, l, m = _accumulate(
-        acc, l, m, q, K, V, k_offsets, v_offsets, stride_kt, stride_vt, scale_log2, start, end,
+    acc, total, m = _accumulate(
+        acc, total, m, q, K, V, k_offsets, v_offsets, stride_kt, stride_vt, scale_log2, start, end,
         full_lo, 0, 0, full, T_k, seed, head, rows, threshold,
         PRECISION, D, BLOCK_D, BLOCK_N, False, DOCS, DROPOUT,
     )  # fmt: skip
-    acc, l, m = _accumulate(
-        acc, l, m, q, K, V, k_offsets, v_offsets, stride_kt, stride_vt, scale_log2, start, end,
+    acc, total, m = _accumulate(
+        acc, total, m, q, K, V, k_offsets, v_offsets, stride_kt, stride_vt, scale_log2, start, end,
         first, before, jump, masked, T_k, seed, head, rows, threshold,
         PRECISION, D, BLOCK_D, BLOCK_N, True, DOCS, DROPOUT,
     )  # fmt: skip
 
-    empty = l == 0.0
-    factor = tl.where(empty, 0.0, 1.0 / l)
+    empty = total == 0.0
+    factor = tl.where(empty, 0.0, 1.0 / total)
     if DROPOUT:
         factor = factor * inv_keep
-    lse = m * scale_log2 + tl.log2(l)
+    lse = m * scale_log2 + tl.log2(total)
     if SPLITS == 1:  # a split that sees nothing has weight 0 in `combine`: it keeps its -inf
         lse = tl.where(empty, float("inf"), lse)
     o = acc * factor[:, None]

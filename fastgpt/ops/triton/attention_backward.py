@@ -12,6 +12,8 @@ gradient is summed by one program in one order, so the result is bitwise the sam
 are computed twice, 7 matmuls for 5. The first also computes delta and leaves it for the second.
 """
 
+# mypy: allow-untyped-defs
+
 import triton
 import triton.language as tl
 
@@ -21,8 +23,9 @@ from fastgpt.ops.triton.attention import column_ranges, keep_mask, row_span, spl
 @triton.jit
 def _accumulate_dq(
     dq, q, do, lse, delta, K, V, k_offsets, v_offsets, stride_kt, stride_vt, scale_log2, start, end,
-    first, before, jump, count, T_k, seed, head, rows, threshold, inv_keep, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, DOCS: tl.constexpr, DROPOUT: tl.constexpr,
+    first, before, jump, count, T_k, seed, head, rows, threshold, inv_keep,
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, DOCS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)

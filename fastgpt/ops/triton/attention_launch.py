@@ -220,7 +220,8 @@ def backward(
     B, H, T_q, D = q.shape
     T_k = k.size(2)
     if q.numel() == 0 or k.numel() == 0:
-        return tuple(heads_last(B, H, t.size(2), D, t).zero_() for t in (q, k, v))
+        dq, dk, dv = (heads_last(B, H, t.size(2), D, t).zero_() for t in (q, k, v))
+        return dq, dk, dv
     q, k, v, out, dout = map(_rows_contiguous, (q, k, v, out, dout))
     dq = heads_last(B, H, T_q, D, q)
     dk, dv = (heads_last(B, H, T_k, D, q) for _ in range(2))
