@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for a GPU that is not there; run as `python triton_compile.py ARCH quick|full`.
 
-One line of JSON for each: what it is, its registers, stack, shared memory, and the matmul instructions in its PTX.
-Spilled registers go to the stack. To add an op's kernels, add a function to SOURCES.
+One line of JSON for each: what it is, its registers, how many instructions store one to the stack (spills), its shared
+memory, and the matmul instructions in its PTX. To add an op's kernels, add a function to SOURCES.
 """
 
 import json
@@ -105,17 +105,23 @@ def compiled(arch: int, job: Job) -> dict[str, Any]:
         target=GPUTarget("cuda", arch, 32),
         options={**options, **attention_launch.OPTIONS},
     )
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
-    assert found, usage.stdout
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+    def cuobjdump(what: str) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            command = [tools / "cuobjdump", what, file.name]
+            environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}  # it calls nvdisasm
+            return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+    registers = re.search(r"REG:(\d+)", cuobjdump("--dump-resource-usage"))
+    instructions = cuobjdump("--dump-sass")
+    assert registers and "EXIT" in instructions
     ptx = kernel.asm["ptx"]
     return dict(
-        kernel=fn.__name__, arch=arch, **label, registers=int(found[1]), stack=int(found[2]),
-        shared=kernel.metadata.shared, wgmma=ptx.count("wgmma.mma_async"), mma=len(re.findall(r"\bmma\.sync", ptx)),
+        kernel=fn.__name__, arch=arch, **label, registers=int(registers[1]),
+        spills=len(re.findall(r"\bSTL", instructions)), shared=kernel.metadata.shared, wgmma=ptx.count("wgmma.mma_async"), mma=len(re.findall(r"\bmma\.sync", ptx)),
         tcgen05=ptx.count("tcgen05.mma"),
     )  # fmt: skip
 

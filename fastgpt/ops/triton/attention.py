@@ -17,8 +17,6 @@ its own; `combine` weighs them: o = sum_s 2^(lse_s - lse) o_s.
 Saved for backward: q, k, v, o and lse (fp32, one a row). z is not: it is a function of (seed, head, i, j).
 """
 
-# mypy: allow-untyped-defs
-
 import triton
 import triton.language as tl
 

@@ -12,8 +12,6 @@ gradient is summed by one program in one order, so the result is bitwise the sam
 are computed twice, 7 matmuls for 5. The first also computes delta and leaves it for the second.
 """
 
-# mypy: allow-untyped-defs
-
 import triton
 import triton.language as tl
 

@@ -59,7 +59,7 @@ LARGE = {
 }
 # ... A100 has 163 KB, and the consumer's Ampere, Ada and Blackwell 99: this half of the table stays below that.
 SMALL = {
-    16: Config(Tile(64, 64, 4, 3), Tile(16, 128, 4, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
+    16: Config(Tile(128, 64, 8, 3), Tile(16, 128, 4, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
     32: Config(Tile(64, 64, 4, 3), Tile(16, 128, 4, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
     64: Config(Tile(64, 64, 4, 3), Tile(16, 64, 4, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
     128: Config(Tile(128, 32, 8, 3), Tile(16, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
@@ -67,10 +67,10 @@ SMALL = {
 }
 # fp32 is multiplied exactly as torch does it, without tensor cores: its tiles are small, as all of it is in registers.
 FP32 = {
-    16: Config(Tile(64, 32, 4, 2), Tile(16, 64, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    32: Config(Tile(64, 32, 4, 2), Tile(16, 64, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    64: Config(Tile(64, 32, 8, 2), Tile(16, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
-    128: Config(Tile(32, 16, 8, 2), Tile(16, 32, 8, 2), Tile(32, 16, 8, 2), Tile(32, 16, 8, 2)),
+    16: Config(Tile(32, 32, 4, 2), Tile(16, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    32: Config(Tile(32, 32, 4, 2), Tile(16, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    64: Config(Tile(32, 32, 4, 2), Tile(16, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+    128: Config(Tile(16, 16, 4, 2), Tile(16, 32, 8, 2), Tile(32, 16, 8, 2), Tile(32, 16, 8, 2)),
     256: Config(Tile(32, 16, 8, 1), Tile(16, 16, 8, 2), Tile(16, 16, 8, 2), Tile(16, 16, 8, 1)),
 }
 
