@@ -4,7 +4,7 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: setup quickstart test test-all lint wheel clean
+.PHONY: setup quickstart test test-all test-asan gpu lint wheel clean
 
 setup: $(READY)
 
@@ -25,6 +25,14 @@ test: lint
 
 test-all: lint
 	$(VENV)/bin/python -m pytest -n 2 -m "slow or not slow"
+
+# The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+test-asan: setup
+	tests/asan.sh $(VENV)/bin/python
+
+# On a machine with a CUDA GPU and nvcc: tests, compute-sanitizer and benchmarks of the kernels.
+gpu: setup
+	benchmarks/gpu.sh $(VENV)/bin/python
 
 lint: setup
 	$(VENV)/bin/ruff check .

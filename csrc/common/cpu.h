@@ -16,7 +16,8 @@
 
 // One binary serves every x86-64: GCC compiles a function so marked once per instruction set, and the loader picks.
 // The body that it calls must be FASTGPT_INLINE, or it stays compiled for the baseline. musl and macOS lack ifunc.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef FASTGPT_CLONES  // defined empty under AddressSanitizer, which is not there yet when the loader picks
+#elif defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define FASTGPT_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define FASTGPT_CLONES

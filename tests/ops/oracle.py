@@ -148,7 +148,7 @@ class OpContract:
     def test_any_strides(self, layout: str, device: str) -> None:
         for case in self.cases:
             moved = self.inputs(case, torch.float32, device, layout)
-            if self.library_sums:
+            if layout == "offset" or self.library_sums:  # narrower accesses add in another order
                 self.check_accuracy(moved)
             else:
                 plain = self.inputs(case, torch.float32, device)
