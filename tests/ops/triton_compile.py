@@ -117,13 +117,20 @@ def compiled(arch: int, job: Job) -> dict[str, Any]:
 
     registers = re.search(r"REG:(\d+)", cuobjdump("--dump-resource-usage"))
     instructions = cuobjdump("--dump-sass")
-    assert registers and "EXIT" in instructions
+    assert registers
+    assert "EXIT" in instructions
     ptx = kernel.asm["ptx"]
-    return dict(
-        kernel=fn.__name__, arch=arch, **label, registers=int(registers[1]),
-        spills=len(re.findall(r"\bSTL", instructions)), shared=kernel.metadata.shared, wgmma=ptx.count("wgmma.mma_async"), mma=len(re.findall(r"\bmma\.sync", ptx)),
-        tcgen05=ptx.count("tcgen05.mma"),
-    )  # fmt: skip
+    return {
+        "kernel": fn.__name__,
+        "arch": arch,
+        **label,
+        "registers": int(registers[1]),
+        "spills": len(re.findall(r"\bSTL", instructions)),
+        "shared": kernel.metadata.shared,
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "mma": len(re.findall(r"\bmma\.sync", ptx)),
+        "tcgen05": ptx.count("tcgen05.mma"),
+    }
 
 
 if __name__ == "__main__":
