@@ -2,7 +2,8 @@
 // fastgpt/ops/philox.py for the random numbers. Each takes scores s = q k^T of some heads, before their scale, in place:
 //
 //   forward    s <- z p / keep, with p = softmax(scale * s) over the columns that a row sees; returns the logsumexp
-//   backward   s <- z p / keep, with p = exp(scale * s - logsumexp); dp <- p * (z dp / keep - delta)
+//   backward   s <- z p / keep, with p = exp(scale * s - logsumexp);
+//              dp <- p * (z dp / keep - delta), with delta = the row's sum of p z dp / keep
 //
 // and 0 in the columns that a row does not see. One pass over s (and dp) where plain torch makes six: mask, maximum,
 // exponential, sum, random numbers, product. The random numbers of a row are made 8 to a counter, in its own buffer.
@@ -96,7 +97,7 @@ FASTGPT_INLINE void forward_rows(const Call& call, A* s, A* lse, uint32_t* words
 
 template <typename A>
 FASTGPT_INLINE void backward_rows(
-    const Call& call, A* s, A* dp, const A* lse, const A* delta, uint32_t* words, int64_t first, int64_t last) {
+    const Call& call, A* s, A* dp, const A* lse, uint32_t* words, int64_t first, int64_t last) {
   const uint16_t* numbers = reinterpret_cast<const uint16_t*>(words);
   const A scale = static_cast<A>(call.scale);
   const A kept = static_cast<A>(call.inv_keep);
@@ -110,13 +111,17 @@ FASTGPT_INLINE void backward_rows(
     std::fill(drow, drow + start, A(0));
     std::fill(drow + end, drow + call.columns, A(0));
     const A l = lse[i];
-    const A d = delta[i];
+    A delta = 0;
+#pragma omp simd reduction(+ : delta)
+    for (int64_t j = start; j < end; ++j) {
+      row[j] = exp_nonpositive(row[j] * scale - l);
+      drow[j] *= numbers[j] >= threshold ? kept : A(0);
+      delta += row[j] * drow[j];
+    }
 #pragma omp simd
     for (int64_t j = start; j < end; ++j) {
-      const A p = exp_nonpositive(row[j] * scale - l);
-      const A z = numbers[j] >= threshold ? kept : A(0);
-      row[j] = p * z;
-      drow[j] = p * (drow[j] * z - d);
+      drow[j] = row[j] * (drow[j] - delta);
+      row[j] *= numbers[j] >= threshold ? kept : A(0);
     }
   }
 }
@@ -126,8 +131,8 @@ FASTGPT_INLINE void backward_rows(
     forward_rows<A>(call, s, lse, words, first, last);                                                                 \
   }                                                                                                                    \
   FASTGPT_CLONES void backward(                                                                                        \
-      const Call& call, A* s, A* dp, const A* lse, const A* delta, uint32_t* words, int64_t first, int64_t last) {     \
-    backward_rows<A>(call, s, dp, lse, delta, words, first, last);                                                     \
+      const Call& call, A* s, A* dp, const A* lse, uint32_t* words, int64_t first, int64_t last) {                     \
+    backward_rows<A>(call, s, dp, lse, words, first, last);                                                            \
   }
 FASTGPT_ATTENTION_ROWS(float)
 FASTGPT_ATTENTION_ROWS(double)
@@ -191,23 +196,22 @@ Tensor attention_dropout_(
 }
 
 void attention_dropout_backward_(
-    Tensor scores, Tensor dp, Tensor lse, Tensor delta, Tensor starts, Tensor ends, Tensor seed, int64_t first_head,
+    Tensor scores, Tensor dp, Tensor lse, Tensor starts, Tensor ends, Tensor seed, int64_t first_head,
     double scale, int64_t threshold, double inv_keep) {
   const Call call = make_call(scores, starts, ends, seed, first_head, scale, threshold, inv_keep);
   STD_TORCH_CHECK(
       dp.numel() == scores.numel() && dp.is_contiguous() && dp.scalar_type() == scores.scalar_type(),
       "attention_dropout_backward_: dp must be as scores");
   STD_TORCH_CHECK(
-      fits(lse, scores, scores.scalar_type()) && fits(delta, scores, scores.scalar_type()),
-      "attention_dropout_backward_: lse and delta must be (heads, rows), contiguous, of scores' dtype");
+      fits(lse, scores, scores.scalar_type()),
+      "attention_dropout_backward_: lse must be (heads, rows), contiguous, of scores' dtype");
   dispatch_float(scores, kName, [&](auto tag) {
     using A = acc_t<decltype(tag)>;
     A* s = static_cast<A*>(scores.mutable_data_ptr());
     A* d = static_cast<A*>(dp.mutable_data_ptr());
     const A* l = static_cast<const A*>(lse.const_data_ptr());
-    const A* e = static_cast<const A*>(delta.const_data_ptr());
     for_rows(call, scores.size(0), [&](uint32_t* words, int64_t first, int64_t last) {
-      backward(call, s, d, l, e, words, first, last);
+      backward(call, s, d, l, words, first, last);
     });
   });
 }

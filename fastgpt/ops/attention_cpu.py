@@ -27,7 +27,7 @@ torch.library.define(
 )
 torch.library.define(
     "fastgpt::attention_dropout_backward_",
-    "(Tensor(a!) scores, Tensor(b!) dp, Tensor lse, Tensor delta, Tensor starts, Tensor ends, Tensor seed, "
+    "(Tensor(a!) scores, Tensor(b!) dp, Tensor lse, Tensor starts, Tensor ends, Tensor seed, "
     "int first_head, float scale, int threshold, float inv_keep) -> ()",
 )
 HAS_DROPOUT = torch._C._dispatch_has_kernel_for_dispatch_key("fastgpt::attention_dropout_", "CPU")
@@ -137,7 +137,7 @@ def backward(
     blind = max(0, T_q - T_k) if causal else T_q * (T_k == 0)
     if q.numel() and blind < T_q and philox.threshold(dropout_p):
         assert seed is not None
-        return _dropout_backward(dout, q, k, v, out, lse, causal, scale, dropout_p, seed, cu_seqlens)
+        return _dropout_backward(dout, q, k, v, lse, causal, scale, dropout_p, seed, cu_seqlens)
     if q.numel() and cu_seqlens is None and not blind:
         square = causal and T_q == T_k
         bias = None if square else _bias(q, k, causal)
@@ -201,7 +201,6 @@ def _dropout_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
     lse: Tensor,
     causal: bool,
     scale: float,
@@ -212,21 +211,20 @@ def _dropout_backward(
     grads = heads_last(q), heads_last(k), heads_last(v)
     numbers = (scale, philox.threshold(dropout_p), philox.inverse_keep(dropout_p))
     firsts, step, start, end = _chunks(q, k, causal, cu_seqlens)
-    flat = [t.flatten(0, 1) for t in (q, k, v, out, dout)]
+    flat = [t.flatten(0, 1) for t in (q, k, v, dout)]
     lses = lse.flatten(0, 1).contiguous()
     found = [lse.new_empty(t.shape) for t in flat[:3]]
     for first in firsts:
         part = slice(first, first + step)
-        qc, kc, vc, oc, gc = (t[part].to(lse.dtype) for t in flat)
-        delta = (oc * gc).sum(-1)
+        qc, kc, vc, gc = (t[part].to(lse.dtype) for t in flat)
         weights = qc @ kc.mT
         ds = gc @ vc.mT
         torch.ops.fastgpt.attention_dropout_backward_(
-            weights, ds, lses[part], delta, start[part], end[part], seed, first, *numbers
+            weights, ds, lses[part], start[part], end[part], seed, first, *numbers
         )
         dq, dk, dv = (t[part] for t in found)
-        torch.bmm(ds, kc, out=dq).mul_(scale)
-        torch.bmm(ds.mT, qc, out=dk).mul_(scale)
+        torch.baddbmm(dq, ds, kc, beta=0, alpha=scale, out=dq)
+        torch.baddbmm(dk, ds.mT, qc, beta=0, alpha=scale, out=dk)
         torch.bmm(weights.mT, gc, out=dv)
     for grad, made in zip(grads, found, strict=True):
         grad.copy_(made.view(grad.shape))
