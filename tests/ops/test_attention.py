@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import DEVICES, DTYPES, OpContract, assert_within_bound, results, rows
+from oracle import DEVICES, DTYPES, OpContract, assert_within_bound, results, rows, same
 
 from fastgpt import ops
-from fastgpt.ops import attention_reference, attention_table, philox, registry
+from fastgpt.ops import attention_cpu, attention_reference, attention_table, philox, registry
 
 
 def positional(fn):
@@ -126,6 +126,28 @@ class TestAttention(OpContract):
         (ValueError, "as many rows of k as of q, got 1 and 4", lambda: with_documents(CU, X[:, :, :1])),
         (ValueError, "cu_seqlens is on meta", lambda: with_documents(CU.to("meta"))),
     ]
+
+    def test_double_backward_says_that_it_is_not_there(self):
+        self.kernel_or_skip()
+        words = {0: "derivative for aten::_scaled_dot_product_flash_attention_for_cpu_backward is not implemented"}
+        for i in range(3):  # plain attention is torch's own function, and what it raises
+            args = self.inputs(self.cases[i], torch.float32, "cpu")
+
+            def gradient(args=args):
+                return torch.autograd.grad(self.op(*args).square().sum(), args[:3], create_graph=True)[0].sum()
+
+            with pytest.raises(RuntimeError, match=words.get(i, "attention: double backward is not supported")):
+                gradient().backward()
+            with ops.using("reference"):
+                gradient().backward()
+
+    def test_without_the_extension_only_dropout_takes_the_reference(self, monkeypatch):
+        monkeypatch.setattr(attention_cpu, "HAS_DROPOUT", False)
+        for case in self.cases[:3]:
+            args = self.inputs(case, torch.float32, "cpu")
+            taken = same(results(self.op, args), results(reference, args))
+            assert taken == bool(case[-1].get("dropout_p"))
+            self.check_accuracy(args)
 
     @pytest.mark.parametrize("device", DEVICES)
     @pytest.mark.parametrize(("T_q", "T_k"), [(1000, 1000), (1024, 1024), (1023, 1024), (1024, 1023), (799, 3)])
