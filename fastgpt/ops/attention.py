@@ -125,7 +125,7 @@ def _route(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout_p: float, cu_s
     if q.device.type == "cpu":
         if dropout_p and not attention_cpu.HAS_DROPOUT:
             return "reference"
-        # Through torch's own autograd: ours in Python takes 20 us more each way, and 150 with cold caches. But rows that
+        # Through torch's own autograd: in Python it takes 20 us more each way, and 150 with cold caches. But rows that
         # are not contiguous would make it take its unfused path.
         return "sdpa" if plain and q.stride(3) == k.stride(3) == v.stride(3) == 1 else "kernel"
     if q.dtype == torch.float64 or q.size(3) > MAX_HEAD_DIM:
