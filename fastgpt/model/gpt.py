@@ -171,6 +171,8 @@ class GPT(nn.Module):
     def loss(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """Cross-entropy of `targets` (B, T), in nats; targets of -100 count for nothing.
 
+        The logits are made some rows at a time (`ops.linear_cross_entropy`), and never whole.
+
         Args:
             reduction: "mean" over the targets that count, "sum", or "none" for (B, T).
         """
@@ -178,12 +180,8 @@ class GPT(nn.Module):
         if targets.shape != ids.shape:
             raise ValueError(f"targets must have the shape of ids {tuple(ids.shape)}, got {tuple(targets.shape)}")
         hidden = self.transformer(ids, None)  # (B, T, C)
-        logits = F.linear(hidden, self.classifier).flatten(0, 1).float()  # (B * T, padded V)
-        if self.config.padded_vocab_size > self.config.vocab_size:
-            padding = torch.arange(logits.size(1), device=logits.device) >= self.config.vocab_size
-            logits = logits.masked_fill(padding, -torch.inf)
-        loss = F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction=reduction)
-        return loss.view(targets.shape) if reduction == "none" else loss
+        weight = self.classifier[: self.config.vocab_size]  # a view: the padding is not seen
+        return ops.linear_cross_entropy(hidden, weight, targets, ignore_index=-100, reduction=reduction)
 
     def _check(self, ids: Tensor, start: int) -> None:
         if ids.dtype != torch.int64:

@@ -3,18 +3,30 @@
 Works without the rest of the library: `from fastgpt import ops`, then `ops.layer_norm(x, weight, bias)` in any model.
 """
 
+from fastgpt.ops.adamw_step import adamw_step, adamw_step_reference
 from fastgpt.ops.attention import attention, attention_reference
+from fastgpt.ops.clip_grad_norm import clip_grad_norm, clip_grad_norm_reference
+from fastgpt.ops.embedding import embedding, embedding_reference
 from fastgpt.ops.layer_norm import layer_norm, layer_norm_reference
+from fastgpt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from fastgpt.ops.lora_linear import lora_linear, lora_linear_reference
 from fastgpt.ops.registry import Implementation, implementations, using
 
 __all__ = [
     "Implementation",
+    "adamw_step",
+    "adamw_step_reference",
     "attention",
     "attention_reference",
+    "clip_grad_norm",
+    "clip_grad_norm_reference",
+    "embedding",
+    "embedding_reference",
     "implementations",
     "layer_norm",
     "layer_norm_reference",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
     "lora_linear",
     "lora_linear_reference",
     "using",

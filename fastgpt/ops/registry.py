@@ -85,7 +85,8 @@ def differentiable(
     Args:
         save: `save(ctx, inputs, outputs)`, as torch.library.register_autograd's `setup_context`.
         backward: `backward(ctx, *gradients)`; it has a gradient for each visible output in front, and calls
-            `fastgpt::<op>_backward` through `call_below_autograd`.
+            `fastgpt::<op>_backward` through `call_below_autograd`. `ctx.direct` says whether it is the eager one: then
+            nobody else has seen the outputs that are not visible, and it may write over them.
         visible: how many of the op's outputs its callers see; those after them are for backward, and not returned.
         launcher: the implementation of an op that Python implements, for eager mode to call without the dispatcher.
 
@@ -98,6 +99,7 @@ def differentiable(
     def save_registered(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if not single:
             ctx.mark_non_differentiable(*output[visible:])
+        ctx.direct = False
         save(ctx, inputs, output)
 
     def refuse(ctx: Any, *_: Any) -> Any:
@@ -111,6 +113,7 @@ def differentiable(
         def forward(ctx: Any, *args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 output = (launcher or registered)(*args)
+            ctx.direct = True
             save(ctx, args, output)
             return output if single else output[0] if visible == 1 else tuple(output[:visible])
 
@@ -121,7 +124,7 @@ def differentiable(
     Direct.__name__ = Direct.__qualname__ = op
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_transformed():
+        if torch.compiler.is_compiling() or is_transformed():
             output = registered(*args)
             return output if single else output[0] if visible == 1 else tuple(output[:visible])
         return Direct.apply(*args)
@@ -129,7 +132,7 @@ def differentiable(
     return call
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether functorch or a dispatch mode (fake tensors, tracing) must see the registered op."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0
 

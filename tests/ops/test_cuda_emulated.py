@@ -78,7 +78,8 @@ def test_gradcheck(contract):
 
 
 def test_every_source_has_a_contract():
-    assert {source for source, _ in contracts()} == set(SOURCES)
+    """Or is of an op over lists of tensors (test_cuda_emulated_lists.py)."""
+    assert {source.stem for source, _ in contracts()} | {"adamw_step", "clip_grad_norm"} == {s.stem for s in SOURCES}
 
 
 FAULTS = {  # in the order of cuda_emulation/faults.cu's enumeration, which begins with no fault

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastgpt.ops.triton import attention, attention_backward, attention_launch
+from fastgpt.ops.triton import attention, attention_backward, attention_launch, cross_entropy
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
@@ -92,12 +93,26 @@ def attention_kernels(arch: int, full: bool) -> Iterator[Job]:
             yield from decode(D, torch.float32)
 
 
-SOURCES = (attention_kernels,)
+def cross_entropy_kernels(arch: int, full: bool) -> Iterator[Job]:
+    """GPT-2's vocabulary, whose rows start on no 16 bytes, with the gradient and a factor or the loss alone."""
+    fn, block = cross_entropy.cross_entropy_rows, cross_entropy.BLOCK
+    kinds = {"Targets": "*i64", "Loss": "*fp32", "Factor": "*fp32", "V": "i32", "ignore_index": "i32", "stride": "i32"}
+    for dtype in (torch.bfloat16, torch.float32) if full else (torch.bfloat16,):
+        for gradient in (True, False):
+            constants = {
+                "Z_LOSS": 0.0, "HAS_FACTOR": gradient, "GRADIENT": gradient, "ACC": tl.float32, "BLOCK": block,
+                "TAIL": cross_entropy.TAIL, **({} if gradient else {"Factor": None}),
+            }  # fmt: skip
+            signature = {**kinds, "Logits": POINTERS[dtype], **dict.fromkeys(constants, "constexpr")}
+            yield {"dtype": str(dtype), "GRADIENT": gradient}, fn, signature, constants, {"num_warps": block // 512}
+
+
+SOURCES = (attention_kernels, cross_entropy_kernels)
 
 
 def compiled(arch: int, job: Job) -> dict[str, Any]:
     label, fn, signature, constants, options = job
-    aligned = [n for n, kind in signature.items() if kind[0] == "*" or n.startswith("stride")]
+    aligned = [n for n, kind in signature.items() if kind[0] == "*" or n.startswith("stride_")]
     attrs = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     signature = {name: signature[name] for name in fn.arg_names}  # in the order of the arguments
     kernel = triton.compile(

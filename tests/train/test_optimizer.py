@@ -2,6 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+from fastgpt import ops
+from fastgpt.ops import registry
 from fastgpt.train import build_optimizer
 
 
@@ -46,15 +48,156 @@ def test_only_matrices_decay():
         torch.testing.assert_close(new.detach(), old * (0.95 if new.dim() >= 2 else 1.0))
 
 
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
 @pytest.mark.parametrize("clip", [0.0, 0.1])
-def test_clipping(clip):
+def test_clipping(clip, implementation):
+    """The first step's running mean is 1 - beta1 = 0.1 of the clipped gradient."""
     model = small_model()
     opt = build_optimizer(model, lr=0.0, grad_clip=clip)
     backward(model, 0, scale=100)
+    norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters()]))
+    with ops.using(implementation):
+        opt.step()
+    torch.testing.assert_close(opt.grad_norm, norm)
+    assert norm > 1
+    means = torch.linalg.vector_norm(torch.stack([opt.state[p]["exp_avg"].norm() for p in model.parameters()]))
+    torch.testing.assert_close(10 * means, torch.tensor(clip) if clip else norm, rtol=1e-4, atol=0)
+
+
+def kernel_or_skip():
+    if registry.implementation("adamw_step", "cpu").name == "reference":
+        pytest.skip("no kernel here")
+
+
+def test_the_kernel_leaves_gradients_as_they_are():
+    kernel_or_skip()
+    model = small_model()
+    opt = build_optimizer(model, lr=0.1, grad_clip=0.1)
+    backward(model, 0, scale=100)
+    before = [p.grad.clone() for p in model.parameters()]
     opt.step()
-    after = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters()]))
     assert opt.grad_norm > 1
-    torch.testing.assert_close(after, torch.tensor(clip) if clip else opt.grad_norm, rtol=1e-4, atol=0)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(("first", "second"), [("ours", "torch"), ("torch", "ours"), ("ours", "reference")])
+def test_either_optimizer_goes_on_with_the_others_state(first, second):
+    models = [small_model(), small_model()]
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+
+    def make(kind, model):
+        if kind == "torch":
+            groups = build_optimizer(model, **options).param_groups
+            return torch.optim.AdamW([{k: g[k] for k in ("params", "weight_decay")} for g in groups], **options)
+        return build_optimizer(model, grad_clip=0, **options)
+
+    def run(opt, kind, model, steps):
+        for step in steps:
+            opt.zero_grad()
+            backward(model, step)
+            with ops.using("reference" if kind == "reference" else "auto"):
+                opt.step()
+
+    mixed, whole = make(first, models[0]), make("torch", models[1])
+    run(mixed, first, models[0], range(5))
+    state = mixed.state_dict()
+    mixed = make(second, models[0])
+    mixed.load_state_dict(state)
+    run(mixed, second, models[0], range(5, 10))
+    run(whole, "torch", models[1], range(10))
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        assert mixed.state[a]["step"] == 10
+
+
+def test_parameters_that_had_no_gradient_at_first_count_their_own_steps():
+    ours, theirs = small_model(), small_model()
+    opt = build_optimizer(ours, lr=1e-2, weight_decay=0.1, grad_clip=0)
+    plain = torch.optim.AdamW(
+        [{"params": [p], "weight_decay": 0.1 if p.dim() >= 2 else 0.0} for p in theirs.parameters()],
+        lr=1e-2,
+        betas=(0.9, 0.95),
+    )
+    for step in range(6):
+        for model, optimizer in ((ours, opt), (theirs, plain)):
+            optimizer.zero_grad()
+            backward(model, step)
+            if step < 3:
+                model[1].weight.grad = None
+            optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert opt.state[ours[1].weight]["step"] == 3
+
+
+@pytest.mark.parametrize("change", ["bfloat16", "amsgrad", "transposed"])
+def test_what_the_kernel_does_not_take_goes_another_way(change):
+    ours, theirs = small_model(), small_model()
+    for model in (ours, theirs):
+        if change == "bfloat16":
+            model.bfloat16()
+        if change == "transposed":
+            model[1].weight = nn.Parameter(model[1].weight.detach().t())
+    opt = build_optimizer(ours, lr=1e-2, weight_decay=0.0, grad_clip=0.5)
+    plain = torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    if change == "amsgrad":
+        for group in (*opt.param_groups, *plain.param_groups):
+            group["amsgrad"] = True
+    for step in range(3):
+        for model, optimizer in ((ours, opt), (theirs, plain)):
+            optimizer.zero_grad()
+            backward(model, step)
+            if model is theirs:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_that_a_gradient_scaler_found_infinite_is_skipped():
+    model = small_model()
+    opt = build_optimizer(model, lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    backward(model, 0)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones((), requires_grad=True))  # makes the scale
+    model[1].weight.grad[0, 0] = torch.inf
+    scaler.step(opt)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_closure_gives_the_gradients_of_the_step():
+    model = small_model()
+    opt = build_optimizer(model, lr=0.1)
+    before = model[1].weight.detach().clone()
+
+    def closure():
+        opt.zero_grad()
+        backward(model, 0)
+        return 7.0
+
+    assert opt.step(closure) == 7.0
+    assert opt.grad_norm > 0
+    assert not torch.equal(model[1].weight, before)
+
+
+def test_no_gradients_at_all():
+    model = small_model()
+    opt = build_optimizer(model, lr=0.1)
+    opt.step()
+    assert opt.grad_norm == 0
+
+
+@pytest.mark.gpu
+def test_a_state_whose_steps_are_on_the_gpu():
+    model = small_model().cuda()
+    opt = build_optimizer(model, lr=0.1)
+    for mode in ("reference", "auto", "reference"):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        with ops.using(mode):
+            opt.step()
+    assert all(state["step"] == 3 for state in opt.state.values())
 
 
 def test_frozen_parameters_stay():
