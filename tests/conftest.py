@@ -1,4 +1,3 @@
-import os
 import random
 import subprocess
 import sys
@@ -7,8 +6,6 @@ import pytest
 import torch
 
 torch.set_num_threads(2)
-if not torch.cuda.is_available():  # before Triton is imported; the kernels' tests then run without a GPU
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,7 @@
 """Every Triton kernel compiles for the GPUs that we name, with no GPU, at the configurations that its op would use.
 
 Registers, spills and shared memory are read out of the cubins. The compiling is in triton_compile.py, in one process
-an architecture: this one has Triton's interpreter on, where kernels cannot be compiled.
+an architecture.
 """
 
 import functools
@@ -33,7 +33,7 @@ def check(rows, arch):
     for row in rows:
         assert row["shared"] <= SHARED[arch] * 1024, row
         forward = "backward" not in row["kernel"]
-        assert row["spills"] <= (0 if forward else 80), row  # what backward's are is told in attention_launch.py
+        assert row["spills"] <= (0 if forward else 100), row  # what backward's are is told in attention_launch.py
         if row["kernel"].startswith("attention") and "16" in row["dtype"]:
             few_rows = row["tile"][row["kernel"].endswith("kv")] < 64  # wgmma has 64 rows
             instruction = {80: "mma", 90: "mma" if few_rows else "wgmma", 100: "mma" if few_rows else "tcgen05"}[arch]

@@ -52,8 +52,8 @@ LARGE = {
     16: Config(Tile(128, 64, 4, 3), Tile(16, 128, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
     32: Config(Tile(128, 64, 8, 3), Tile(16, 128, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
     64: Config(Tile(128, 64, 8, 3), Tile(16, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)),
-    # backward_kv spills here, in 32 to 69 instructions (with Triton 3.9; with 3.6 the causal one does not). Tiles that do
-    # not, (32, 64) and (16, 128), have wgmmas half as wide, which wait for shared memory.
+    # backward_kv spills here, in 32 to 69 instructions (Triton 3.9; the causal one not with 3.6). Tiles that do not,
+    # (32, 64) and (16, 128), have wgmmas half as wide, which wait for shared memory.
     128: Config(Tile(128, 64, 8, 3), Tile(16, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
     256: Config(Tile(128, 32, 8, 2), Tile(16, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
 }
