@@ -128,12 +128,11 @@ def _route(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout_p: float, cu_s
         # Through torch's own autograd: in Python it takes 20 us more each way, and 150 with cold caches. But rows that
         # are not contiguous would make it take its unfused path.
         return "sdpa" if plain and q.stride(3) == k.stride(3) == v.stride(3) == 1 else "kernel"
-    if q.dtype == torch.float64 or q.size(3) > MAX_HEAD_DIM:
+    major, minor = torch.cuda.get_device_capability(q.device)
+    if q.dtype == torch.float64 or q.size(3) > MAX_HEAD_DIM or major < 8:  # before Ampere there is no bf16
         return "reference"
-    if plain and attention_table.TABLE and causal and T_q == T_k:
-        major, minor = torch.cuda.get_device_capability(q.device)
-        if attention_table.sdpa_is_faster(10 * major + minor, q.size(3), T_q):
-            return "sdpa"
+    if plain and causal and T_q == T_k and attention_table.sdpa_is_faster(10 * major + minor, q.size(3), T_q):
+        return "sdpa"
     return "kernel"
 
 

@@ -73,9 +73,11 @@ def attention_kernels(arch: int, full: bool) -> Iterator[Job]:
     def decode(D: int, dtype: torch.dtype) -> Iterator[Job]:
         tile = attention_launch.config(dtype, D, arch).decode
         yield job(attention.attention_forward, tile, D, dtype, True, False, False, SPLITS=8)
-        constants = {"D": D, "BLOCK_D": attention_launch.padded(D), "SPLITS": 8, "BLOCK_S": 8}
-        kinds = signature(attention.combine, dtype, constants)
-        yield {"D": D, "dtype": str(dtype)}, attention.combine, kinds, constants, {"num_warps": 4}
+        for splits in (8, attention_launch.MAX_SPLITS):
+            constants = {"D": D, "BLOCK_D": attention_launch.padded(D), "SPLITS": splits, "BLOCK_S": splits}
+            kinds = signature(attention.combine, dtype, constants)
+            warps = attention_launch.combine_warps(splits, D)
+            yield {"D": D, "dtype": str(dtype)}, attention.combine, kinds, constants, {"num_warps": warps}
 
     kinds = signature(attention.document_spans, torch.int32, {"BLOCK": 512})
     yield {}, attention.document_spans, {**kinds, "BLOCK": "constexpr"}, {"BLOCK": 512}, {"num_warps": 4}

@@ -102,6 +102,11 @@ def splits_for(heads: int, blocks: int, slots: int) -> int:
     return best
 
 
+def combine_warps(splits: int, head_dim: int) -> int:
+    """`combine` holds all parts of a row in registers: at most 64 numbers a thread."""
+    return max(4, triton.next_power_of_2(splits) * padded(head_dim) // 2048)
+
+
 @functools.cache
 def _sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -196,7 +201,8 @@ def forward(
         if splits > 1:
             combine[(B * H * T_q,)](
                 partial, partial_lse, out, lse, *out.stride()[:3], H, T_q, B * H * T_q,
-                D=D, BLOCK_D=padded(D), SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits), num_warps=4, **OPTIONS,
+                D=D, BLOCK_D=padded(D), SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits),
+                num_warps=combine_warps(splits, D), **OPTIONS,
             )  # fmt: skip
     return out, lse
 
