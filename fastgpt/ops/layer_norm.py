@@ -58,35 +58,34 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         TypeError: an argument is no tensor or its dtype is not one of the above.
         ValueError: a shape or device does not fit, or eps is negative.
     """
-    _check(x, weight, bias, eps)
+    check_norm("layer_norm", x, weight, bias, eps)
     if not registry.takes_kernel("layer_norm", x):
         return layer_norm_reference(x, weight, bias, eps)
     return _call(x, weight, bias, eps)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    """Refuses what layer_norm and add_layer_norm cannot take, in the name of `op`."""
     for name, t in (("x", x), ("weight", weight), ("bias", bias)):
         if not isinstance(t, Tensor):
-            raise TypeError(f"layer_norm: {name} must be a tensor, got {type(t).__name__}")
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
         if t.dtype not in DTYPES:
-            raise TypeError(f"layer_norm: {name} must be float32, float64, bfloat16 or float16, got {t.dtype}")
+            raise TypeError(f"{op}: {name} must be float32, float64, bfloat16 or float16, got {t.dtype}")
     if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"layer_norm: x must have a last dimension of at least 1, got shape {tuple(x.shape)}")
+        raise ValueError(f"{op}: x must have a last dimension of at least 1, got shape {tuple(x.shape)}")
     if weight.dtype != x.dtype and not (weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
-        raise TypeError(
-            f"layer_norm: weight must have x's dtype {x.dtype} (or float32 for a 16-bit x), got {weight.dtype}"
-        )
+        raise TypeError(f"{op}: weight must have x's dtype {x.dtype} (or float32 for a 16-bit x), got {weight.dtype}")
     if bias.dtype != weight.dtype:
-        raise TypeError(f"layer_norm: bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
+        raise TypeError(f"{op}: bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
     for name, t in (("weight", weight), ("bias", bias)):
         if t.shape != x.shape[-1:]:
             raise ValueError(
-                f"layer_norm: {name} must have shape ({x.shape[-1]},) as x's last dimension, got {tuple(t.shape)}"
+                f"{op}: {name} must have shape ({x.shape[-1]},) as x's last dimension, got {tuple(t.shape)}"
             )
         if t.device != x.device:
-            raise ValueError(f"layer_norm: {name} is on {t.device} but x is on {x.device}: move one of them")
+            raise ValueError(f"{op}: {name} is on {t.device} but x is on {x.device}: move one of them")
     if not eps >= 0:
-        raise ValueError(f"layer_norm: eps must be at least 0, got {eps}")
+        raise ValueError(f"{op}: eps must be at least 0, got {eps}")
 
 
 @torch.library.register_fake("fastgpt::layer_norm")

@@ -22,6 +22,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fastgpt import ops
@@ -48,6 +50,17 @@ def rows(tensor: Tensor, layout: str) -> Tensor:
         flat[1:] = tensor.flatten()
         return flat[1:].view(tensor.shape)
     raise AssertionError(layout)
+
+
+def random_rows(dtype: torch.dtype, device: str, layout: str, seed: int) -> Callable[..., Tensor]:
+    """make(*shape, scale=1.0, shift=0.0) gives normal numbers that need a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(*shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        made = (torch.randn(shape, generator=generator) * scale + shift).to(dtype).to(device)
+        return rows(made, layout).requires_grad_()
+
+    return make
 
 
 def results(fn: Callable[..., Any], args: tuple[Any, ...], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -237,3 +250,51 @@ class OpContract:
                 self.op(*make())
             assert "\n" not in str(caught.value)
             assert str(caught.value).startswith(f"{self.name}: ")
+
+
+class RowContract(OpContract):
+    """Of an op on the rows of one tensor or several, whose shape is the case, with parameters of a row's width."""
+
+    # Odd widths and row counts around vector and block sizes, one element, no rows, three dimensions, GPT-2's own.
+    cases = [
+        (3, 5),
+        (2, 3, 8),
+        (1, 1),
+        (0, 16),
+        (2, 0, 7),
+        (7,),
+        (1, 769),
+        (63, 64),
+        (65, 127),
+        (129, 129),
+        (130, 1000),
+        (5, 3072),
+        (64, 768),
+    ]
+
+    @given(
+        batch=st.integers(0, 9),
+        width=st.integers(1, 300),
+        dtype=st.sampled_from(DTYPES),
+        layout=st.sampled_from(["contiguous", "strided", "transposed", "offset"]),
+        seed=st.integers(0, 2**16),
+    )
+    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+    def test_random_shapes(self, batch: int, width: int, dtype: torch.dtype, layout: str, seed: int) -> None:
+        self.check_accuracy(self.inputs((batch, width), dtype, "cpu", layout, seed), roundings=16)
+
+    def test_many_rows_are_split_over_threads(self) -> None:
+        self.check_accuracy(self.inputs((1031, 257), torch.float32, "cpu"))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_16_bit_rows_with_fp32_parameters(self, dtype: torch.dtype) -> None:
+        wide = self.inputs((33, 100), torch.float32, "cpu")
+        args = tuple(
+            n if isinstance(n, Tensor) and n.dim() > 1 else w
+            for n, w in zip(self.inputs((33, 100), dtype, "cpu"), wide, strict=True)
+        )
+        ours = results(self.op, args)
+        assert_within_bound(ours, results(self.ref(), args), results(self.ref(), args, torch.float64))
+        for i, arg in enumerate(args):
+            if isinstance(arg, Tensor):
+                assert ours[f"gradient of argument {i}"].dtype == (dtype if arg.dim() > 1 else torch.float32)
