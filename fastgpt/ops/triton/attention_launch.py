@@ -55,7 +55,7 @@ LARGE = {
     # backward_kv spills here, in 32 to 69 instructions (Triton 3.9; the causal one not with 3.6). Tiles that do not,
     # (32, 64) and (16, 128), have wgmmas half as wide, which wait for shared memory.
     128: Config(Tile(128, 64, 8, 3), Tile(16, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    256: Config(Tile(128, 32, 8, 2), Tile(16, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
+    256: Config(Tile(64, 32, 8, 2), Tile(16, 32, 4, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
 }
 # ... A100 has 163 KB, and the consumer's Ampere, Ada and Blackwell 99: this half of the table stays below that.
 SMALL = {
@@ -80,8 +80,6 @@ def config(dtype: torch.dtype, head_dim: int, arch: int, dropout: bool = False) 
     row = table[padded(head_dim)]
     if dropout and head_dim > 64 and dtype != torch.float32:  # its random numbers need registers
         row = row._replace(backward_kv=row.backward_kv._replace(block_m=row.backward_kv.block_m // 2))
-        if head_dim > 128:
-            row = row._replace(forward=row.forward._replace(block_m=64))
     return row
 
 
