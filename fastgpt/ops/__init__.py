@@ -5,6 +5,7 @@ Works without the rest of the library: `from fastgpt import ops`, then `ops.laye
 
 from fastgpt.ops.adamw_step import adamw_step, adamw_step_reference
 from fastgpt.ops.add_layer_norm import add_layer_norm, add_layer_norm_reference
+from fastgpt.ops.attention import attention, attention_reference
 from fastgpt.ops.bias_gelu import bias_gelu, bias_gelu_reference
 from fastgpt.ops.clip_grad_norm import clip_grad_norm, clip_grad_norm_reference
 from fastgpt.ops.embedding import embedding, embedding_reference
@@ -19,6 +20,8 @@ __all__ = [
     "adamw_step_reference",
     "add_layer_norm",
     "add_layer_norm_reference",
+    "attention",
+    "attention_reference",
     "bias_gelu",
     "bias_gelu_reference",
     "clip_grad_norm",

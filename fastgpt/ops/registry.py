@@ -50,20 +50,20 @@ def _load_extension() -> str | None:
 _missing = _load_extension()
 _mode: Mode = "reference" if os.environ.get("FASTGPT_OPS") == "reference" else "auto"
 _kernels: dict[str, dict[str, str]] = {}  # op -> device type -> the kind of kernel that the op has for it
-_because: dict[str, str] = {}  # op -> why its kernel is taken
+_because: dict[tuple[str, str], str] = {}  # (op, device type) -> why its kernel is taken
 _present: set[tuple[str, str]] = set()  # (op, device type) whose kernel is really there
 
 
-def register(op: str, *, cpu: str, cuda: str, because: str = "its kernel is built and loaded") -> None:
+def register(op: str, *, cpu: str, cuda: str, because: str | dict[str, str] = "its kernel is built and loaded") -> None:
     """Called once by each op's file, after its schema and what Python implements of it.
 
     Args:
         cpu, cuda: the kind of kernel that the op has there: "C++", "CUDA C++", "Triton" or a library's name.
-        because: why that is taken where it is there, for `fastgpt info`.
+        because: why that is taken where it is there, for `fastgpt info`; by device type where it differs.
     """
     _kernels[op] = {"cpu": cpu, "cuda": cuda}
-    _because[op] = because
     for device in DEVICE_TYPES:
+        _because[op, device] = because if isinstance(because, str) else because[device]
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgpt::{op}", device.upper()):
             _present.add((op, device))
 
@@ -158,9 +158,12 @@ def implementation(op: str, device: str) -> Implementation:
         return Implementation(op, device, "reference", 'forced by FASTGPT_OPS=reference or ops.using("reference")')
     if (op, device) in _present:
         assert kind is not None
-        return Implementation(op, device, kind, _because[op])
+        return Implementation(op, device, kind, _because[op, device])
     if kind is None:
         return Implementation(op, device, "reference", f"it has no kernel for {device}")
+    if kind == "Triton":
+        why = "Triton does not import" if torch.version.cuda else "torch was built without CUDA"
+        return Implementation(op, device, "reference", why)
     if _missing:
         return Implementation(op, device, "reference", _missing)
     return Implementation(
