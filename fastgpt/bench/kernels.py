@@ -450,5 +450,4 @@ KERNELS: dict[str, Callable[[Where], Iterator[Case]]] = {
         embedding,
         adamw_step,
     )
-    if hasattr(ops, entry.__name__)
 }
