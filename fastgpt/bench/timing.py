@@ -1,7 +1,7 @@
 """Times calls in turn, in one process, and weighs the memory that one takes.
 
-What is compared is timed round by round (A B C, B C A, C A B, ...), so that a clock that changes or a neighbour that
-wakes up meets all of them alike; a ratio is the median of the rounds' ratios. Preparation (the forward pass, where
+What is compared is timed round by round, in another order each time (A B C, C A B, ...), so that a clock that changes
+or a neighbour that wakes up meets all of them alike; a ratio is the median of the rounds' ratios. Preparation (the forward pass, where
 the backward pass is timed) is outside the clock.
 
 On a GPU the L2 cache is emptied before each call. Short kernels (see GRAPH_BELOW) are replayed from a CUDA graph,
@@ -11,6 +11,8 @@ time of a graph of n times [empty L2] is taken off. Longer calls are timed by ev
 
 import ctypes
 import gc
+import math
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +23,9 @@ from typing import Any
 import torch
 
 MIN_ROUNDS = 7
+# Seconds of calls that are not counted, before each that is: two threads needed 4 ms to be as fast after a large matmul
+# as without it (caches, clock). For the same reason the order changes: who comes after it pays for what is left of that.
+WARMING = 6e-3
 SLICE = 1e-3  # seconds: shorter calls are repeated within a round for about so long, against the clock's grain
 GRAPH_BELOW = 100e-6  # seconds, by events, which count some of the host's time to a kernel of 50 us
 GRAPH_REPEATS = 20
@@ -51,6 +56,7 @@ def interleave(calls: dict[str, Call], device: str, seconds: float) -> dict[str,
     clocks = _gpu_clocks(calls) if device == "cuda" else {name: _CpuClock(call) for name, call in calls.items()}
     names = list(calls)
     rounds: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -58,8 +64,7 @@ def interleave(calls: dict[str, Call], device: str, seconds: float) -> dict[str,
         end = time.perf_counter() + seconds * len(names)
         done = 0
         while done < MIN_ROUNDS or time.perf_counter() < end:
-            turn = done % len(names)
-            for name in names[turn:] + names[:turn]:
+            for name in order.sample(names, len(names)):
                 rounds[name].append(clocks[name].sample())
             done += 1
     finally:
@@ -73,18 +78,21 @@ class _CpuClock:
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self.repeats = 1
-        self.sample()  # warm-up
-        self.repeats = max(1, min(100, round(SLICE / self.sample())))
+        self.repeats, self.warming = 1, 0
+        self.sample()  # compiles, allocates
+        once = self.sample()
+        self.repeats = max(1, min(100, round(SLICE / once)))
+        self.warming = math.ceil(WARMING / once) if once < 10 * WARMING else 0
 
     def sample(self) -> float:
         """Seconds a call; what it returns is freed outside the clock."""
         total = 0.0
-        for _ in range(self.repeats):
+        for i in range(self.warming + self.repeats):
             state = self.call.prepare()
             start = time.perf_counter()
             result = self.call.run(state)
-            total += time.perf_counter() - start
+            if i >= self.warming:
+                total += time.perf_counter() - start
             del state, result
         return total / self.repeats
 
