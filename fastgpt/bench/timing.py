@@ -1,8 +1,8 @@
 """Times calls in turn, in one process, and weighs the memory that one takes.
 
 What is compared is timed round by round, in another order each time (A B C, C A B, ...), so that a clock that changes
-or a neighbour that wakes up meets all of them alike; a ratio is the median of the rounds' ratios. Preparation (the forward pass, where
-the backward pass is timed) is outside the clock.
+or a neighbour that wakes up meets all of them alike; a ratio is the median of the rounds' ratios. Preparation (the
+forward pass, where the backward pass is timed) is outside the clock.
 
 On a GPU the L2 cache is emptied before each call. Short kernels (see GRAPH_BELOW) are replayed from a CUDA graph,
 because an event pair around a launch from Python times the host's gap: the graph is n times [empty L2, call], and the
@@ -24,7 +24,7 @@ import torch
 
 MIN_ROUNDS = 7
 # Seconds of calls that are not counted, before each that is: two threads needed 4 ms to be as fast after a large matmul
-# as without it (caches, clock). For the same reason the order changes: who comes after it pays for what is left of that.
+# as without it (caches, clock). For the same reason the order changes: who comes after it pays for what is left.
 WARMING = 6e-3
 SLICE = 1e-3  # seconds: shorter calls are repeated within a round for about so long, against the clock's grain
 GRAPH_BELOW = 100e-6  # seconds, by events, which count some of the host's time to a kernel of 50 us
