@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgpt.bench.environment import Neighbours, cores, environment, machine_name
 from fastgpt.bench.kernels import KERNELS, Case, Contender, Where, Work
-from fastgpt.bench.timing import Call, Timed, interleave, peak_bytes
+from fastgpt.bench.timing import Call, Timed, interleave, keep_freed_memory, peak_bytes
 from fastgpt.ops import registry
 
 OURS = "fastgpt"
@@ -82,6 +82,8 @@ def measure(op: str, device: str, quick: bool, machine: str | None, say: Callabl
         machine: a name for the machine; derived from the device if None.
     """
     torch.manual_seed(0)
+    if device == "cpu":
+        keep_freed_memory()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     where = Where(device, dtype, "quick" if quick else device)
     notes: list[str] = []

@@ -19,7 +19,7 @@ from fastgpt.files import atomic_write, explained
 LEGEND = """\
 A contender's column: how many times as fast as it fastgpt is. spread: half of p80 - p20. roof: share of
 what the copy and matmul rates of the same rounds allow. MiB: peak of one call, and the fastest library
-kernel's."""
+kernel's. On a CPU freed memory is kept for the next call: new pages would take longer than most ops."""
 COLORS = ["#08519c", "#d94801", "#238b45", "#6a51a3", "#b8860b", "#c51b8a"]
 
 
@@ -136,7 +136,7 @@ def _heading(name: str) -> str:
 def _table(*left: str, right: list[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name in left:
-        table.add_column(name, no_wrap=name != "shape")
+        table.add_column(name, no_wrap=name != "shape", min_width=14 if name == "shape" else None)
     for name in right:
         table.add_column(name, justify="right", no_wrap=True)
     return table
