@@ -136,7 +136,7 @@ def _heading(name: str) -> str:
 def _table(*left: str, right: list[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name in left:
-        table.add_column(name, no_wrap=name != "shape", min_width=14 if name == "shape" else None)
+        table.add_column(name, no_wrap=name != "shape", min_width=11 if name == "shape" else None)
     for name in right:
         table.add_column(name, justify="right", no_wrap=True)
     return table
