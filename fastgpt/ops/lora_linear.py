@@ -181,11 +181,12 @@ def _backward_kernel(
     if needs[1]:
         dweight = dy.t() @ rows
     if needs[2] or needs[4]:
-        both = dy.t() @ u  # (out, r) and, where there is a bias, its gradient: u's last column is 1
+        # (r, out), and the bias's gradient, where u's last column is 1. As dy^T u it took 3 to 5 times as long.
+        both = u.t() @ dy
         if needs[2]:
-            dbias = both[:, rank].clone()
+            dbias = both[rank].clone()
         if needs[4]:
-            db = both[:, :rank] * scaling
+            db = (both[:rank].t() * scaling).contiguous()
     if needs[3]:
         da = d.t() @ _dropped(rows, keep, keep_scale)
     return dx, dweight, dbias, da, db
