@@ -35,7 +35,9 @@ FASTGPT_INLINE void update_range(
 #pragma omp simd
   for (int64_t i = first; i < last; ++i) {
     const A grad = load<A>(g[i]) * s.scale;
-    const A mean = m[i] + s.beta1_rest * (grad - m[i]);
+    // From the nearer end, as torch's lerp: from m it loses a small g's digits where beta1 is near 0.
+    const A mean = s.beta1_rest < A(0.5) ? m[i] + s.beta1_rest * (grad - m[i])
+                                         : grad - (A(1) - s.beta1_rest) * (grad - m[i]);
     const A square = s.beta2 * v[i] + s.beta2_rest * grad * grad;
     const A before = (kMasters ? master[i] : load<A>(p[i])) * s.decay;
     const A after = before - s.size * mean / (std::sqrt(square) * s.inverse_root + s.eps);

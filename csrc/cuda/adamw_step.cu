@@ -53,7 +53,8 @@ struct Step {
 template <typename A>
 __device__ __forceinline__ void update(A& p, A g, A& m, A& v, const Step<A>& s) {
   g *= s.scale;
-  m += s.beta1_rest * (g - m);
+  // From the nearer end, as torch's lerp: from m it loses a small g's digits where beta1 is near 0.
+  m = s.beta1_rest < A(0.5) ? m + s.beta1_rest * (g - m) : g - (A(1) - s.beta1_rest) * (g - m);
   v = s.beta2 * v + s.beta2_rest * g * g;
   p = p * s.decay - s.size * m / (sqrt(v) * s.inverse_root + s.eps);
 }
