@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops import registry
+from fastgpt.ops.registry import DTYPES
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SCALAR_DTYPES = (torch.float32, torch.float64, torch.int64)
 
 torch.library.define(

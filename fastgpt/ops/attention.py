@@ -24,9 +24,9 @@ from torch import Tensor
 
 from fastgpt.ops import attention_cpu, attention_table, philox, registry
 from fastgpt.ops.attention_spans import check_boundaries, spans
+from fastgpt.ops.registry import DTYPES
 
 MAX_HEAD_DIM = 256  # of the Triton kernels: an output row has to fit in registers
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _COMMON = "bool causal, float scale, float dropout_p, Tensor? seed, Tensor? cu_seqlens"
 torch.library.define("fastgpt::attention", f"(Tensor q, Tensor k, Tensor v, {_COMMON}) -> (Tensor, Tensor)")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops import registry
-from fastgpt.ops.layer_norm import DTYPES
+from fastgpt.ops.registry import DTYPES
 
 torch.library.define("fastgpt::bias_gelu", "(Tensor x, Tensor bias) -> Tensor")
 torch.library.define("fastgpt::bias_gelu_backward", "(Tensor dy, Tensor x, Tensor bias) -> (Tensor, Tensor)")

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops import registry
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from fastgpt.ops.registry import DTYPES
 
 torch.library.define("fastgpt::clip_grad_norm", "(Tensor[] grads, float max_norm) -> (Tensor, Tensor)")
 

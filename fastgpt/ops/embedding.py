@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops import registry
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from fastgpt.ops.registry import DTYPES
 
 torch.library.define("fastgpt::embedding", "(Tensor ids, Tensor wte, Tensor wpe, SymInt offset) -> Tensor")
 torch.library.define(

@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops import registry
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from fastgpt.ops.registry import DTYPES
 
 # The schemas live here and not in C++, so that the op exists, and says what is missing, where no extension was built.
 torch.library.define(

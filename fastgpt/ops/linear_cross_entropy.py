@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops import registry
+from fastgpt.ops.registry import DTYPES
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "none")
 
 # Rows of 4-byte logits at a time; of 2 bytes, twice as many. Measured in processor time against plain torch's, on two

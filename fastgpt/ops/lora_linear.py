@@ -26,8 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops import registry
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from fastgpt.ops.registry import DTYPES
 
 torch.library.define(
     "fastgpt::lora_linear",
@@ -197,33 +196,16 @@ def _dropped(rows: Tensor, keep: Tensor | None, keep_scale: float) -> Tensor:
 
 
 @torch.library.register_fake("fastgpt::lora_linear")
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    keep: Tensor | None,
-    keep_scale: float,
-) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     columns = lora_a.shape[0] + (bias is not None)
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(x.numel() // x.shape[-1], columns)
 
 
 @torch.library.register_fake("fastgpt::lora_linear_backward")
 def _fake_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    u: Tensor,
-    scaling: float,
-    keep: Tensor | None,
-    keep_scale: float,
-    needs: list[bool],
+    dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
+    needs = others[-1]
     shapes = (x.shape, weight.shape, weight.shape[:1], lora_a.shape, lora_b.shape)
     return tuple(x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
 

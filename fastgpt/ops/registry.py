@@ -20,6 +20,7 @@ from torch import Tensor
 
 Mode = Literal["auto", "reference"]
 DEVICE_TYPES = ("cpu", "cuda")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of the tensors that ops compute with
 EXTENSION = Path(__file__).parents[1] / "_C.abi3.so"
 
 
@@ -96,6 +97,9 @@ def differentiable(
     registered = getattr(torch.ops.fastgpt, op).default
     single = len(registered._schema.returns) == 1
 
+    def shown(output: Any) -> Any:
+        return output if single else output[0] if visible == 1 else tuple(output[:visible])
+
     def save_registered(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if not single:
             ctx.mark_non_differentiable(*output[visible:])
@@ -115,7 +119,7 @@ def differentiable(
                 output = (launcher or registered)(*args)
             ctx.direct = True
             save(ctx, args, output)
-            return output if single else output[0] if visible == 1 else tuple(output[:visible])
+            return shown(output)
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
@@ -125,8 +129,7 @@ def differentiable(
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or is_transformed():
-            output = registered(*args)
-            return output if single else output[0] if visible == 1 else tuple(output[:visible])
+            return shown(registered(*args))
         return Direct.apply(*args)
 
     return call
