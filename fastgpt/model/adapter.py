@@ -222,7 +222,7 @@ def read_config(folder: Path) -> LoRAConfig:
             rank_pattern=dict(values.get("rank_pattern") or {}),
             alpha_pattern=dict(values.get("alpha_pattern") or {}),
         )
-    except (TypeError, ValueError, UserError) as error:
+    except (TypeError, ValueError, OverflowError, UserError) as error:
         raise UserError(f"{path}: {error}") from None
 
 
