@@ -11,8 +11,8 @@ and in groups of 256 they are whole multiples, within +-127, of the group's scal
 
     a ~ absmax * scale + mean
 
-The codes are chosen for a as it will be read back. A weight takes 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits. The error on
-normal weights is 0.092 of them in root mean square, of which the second quantization's part does not show. An outlier
+The codes are chosen for a as it will be read back. A weight takes 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits. On normal
+weights the error is 0.092 of their root mean square; the second quantization's part in it does not show. An outlier
 makes its block's steps coarse, and its group's scale: the other 255 blocks then have little but the mean for their a.
 
 All of it is in fp32, each operation rounded once, so every implementation gives the same bits. Nothing is kept that is
