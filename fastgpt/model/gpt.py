@@ -9,6 +9,7 @@ C = n_embd, H heads of D = C / H, V = vocab_size.
 """
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from fastgpt import ops
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.kv_cache import KVCache
+from fastgpt.ops.attention_spans import check_boundaries
 
 
 class LayerNorm(nn.Module):
@@ -33,47 +35,54 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """residual + x, and its norm."""
+        if x.dtype != residual.dtype:  # under autocast x has 16 bits, and the residual stream keeps its 32
+            total = residual + x
+            return total, self(total)
+        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+
+class Linear(nn.Linear):
+    """torch's, whose bias can be left to the op that follows."""
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
 
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
         self.attn_pdrop = config.attn_pdrop
         self.n_head = config.n_head
         self.layer = layer
 
-    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None, cu_seqlens: Tensor | None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each, views of one tensor
-        dropout = self.attn_pdrop if self.training else 0.0
-        if cache is None or cache.length == 0:
-            if cache is not None:
-                cache.append(self.layer, k, v)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        else:
+        if cache is not None:
             k, v = cache.append(self.layer, k, v)
-            mask = None
-            if T > 1:  # new token i sees the cached ones and the new ones up to itself
-                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        y = y.transpose(1, 2).reshape(B, T, C)
-        return self.resid_dropout(self.c_proj(y))
+        dropout = self.attn_pdrop if self.training else 0.0
+        y = ops.attention(q, k, v, dropout_p=dropout, cu_seqlens=cu_seqlens)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        hidden = self.c_fc.without_bias(x)
+        return self.dropout(self.c_proj(ops.bias_gelu(hidden, self.c_fc.bias.to(hidden.dtype))))
 
 
 class Block(nn.Module):
@@ -84,9 +93,13 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+    def forward(
+        self, x: Tensor, residual: Tensor | None, cache: KVCache | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Takes and gives the residual stream as two parts whose sum is not made yet: the next norm makes it."""
+        residual, norm = (x, self.ln_1(x)) if residual is None else self.ln_1.add(x, residual)
+        residual, norm = self.ln_2.add(self.attn(norm, cache, cu_seqlens), residual)
+        return self.mlp(norm), residual
 
 
 class Transformer(nn.Module):
@@ -99,16 +112,53 @@ class Transformer(nn.Module):
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.vocab_size = config.vocab_size
 
-    def forward(self, ids: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, ids: Tensor, cache: KVCache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, C) of ids (B, T), after the last norm; arguments and errors as for `GPT.hidden`."""
         start = cache.length if cache is not None else 0
-        positions = torch.arange(start, start + ids.size(1), device=ids.device)
-        x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
+        self._check(ids, start, cu_seqlens)
+        if cu_seqlens is None:
+            x = ops.embedding(ids, self.wte.weight, self.wpe.weight, start)
+        else:
+            x = self.wte(ids) + self.wpe(_positions(ids, cu_seqlens))
+        x = self.drop(x)
+        residual: Tensor | None = None
         for block in self.h:
-            x = block(x, cache)
+            x, residual = block(x, residual, cache, cu_seqlens)
         if cache is not None:
             cache.advance(ids.size(1))
-        return self.ln_f(x)
+        assert residual is not None  # there is at least one block
+        return self.ln_f.add(x, residual)[1]
+
+    def _check(self, ids: Tensor, start: int, cu_seqlens: Tensor | None) -> None:
+        if ids.dtype != torch.int64:
+            raise TypeError(f"ids must be int64, got {ids.dtype}")
+        if ids.dim() != 2:
+            raise ValueError(f"ids must have shape (B, T), got {tuple(ids.shape)}")
+        # On a GPU the checks of values would make the host wait for it; there the ops' own behaviour is what is left.
+        on_cpu = ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling()
+        longest = start + ids.size(1)
+        if cu_seqlens is not None:
+            if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+                raise ValueError(f"cu_seqlens must have shape (n + 1,), n >= 1, got {tuple(cu_seqlens.shape)}")
+            ends = check_boundaries(cu_seqlens, ids.numel()) if on_cpu else [0]
+            longest = min(longest, max(b - a for a, b in pairwise(ends))) if on_cpu else 0
+        if longest > self.wpe.num_embeddings:
+            raise ValueError(f"ids has {longest} tokens, the model has n_positions={self.wpe.num_embeddings}")
+        if on_cpu:
+            low, high = ids.aminmax()
+            if low < 0 or high >= self.vocab_size:
+                bad = int(low if low < 0 else high)
+                raise ValueError(f"ids holds {bad}, the vocabulary has {self.vocab_size} ids from 0")
+
+
+def _positions(ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """How far each token is from the start of its document or of its row, whichever is nearer: (B, T)."""
+    B, T = ids.shape
+    index = torch.arange(B * T, device=ids.device)
+    document = torch.searchsorted(cu_seqlens, index.to(cu_seqlens.dtype), right=True) - 1
+    return torch.minimum(index - cu_seqlens[document], index % T).view(B, T)
 
 
 class GPT(nn.Module):
@@ -162,42 +212,42 @@ class GPT(nn.Module):
             TypeError, ValueError: `ids` has another dtype or shape, an id outside the vocabulary (checked on a CPU,
                 where it costs nothing), or more tokens than n_positions.
         """
-        self._check(ids, cache.length if cache is not None else 0)
         hidden = self.transformer(ids, cache)  # (B, T, C)
         if last_only:
             hidden = hidden[:, -1:]
         return F.linear(hidden, self.classifier)[..., : self.config.vocab_size]
 
-    def loss(self, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    def hidden(self, ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The hidden states behind the last norm, which the classifier turns into logits.
+
+        Args:
+            ids: (B, T) int64.
+            cu_seqlens: (n + 1,) int32, boundaries of documents over the B * T tokens, row after row: 0, ascending,
+                B * T. No token sees another document's, and positions start at 0 in each; T may then be more than
+                n_positions, as long as no document is.
+
+        Returns:
+            (B, T, C).
+
+        Raises:
+            TypeError, ValueError: as for `forward`, and if `cu_seqlens` is not what it should be.
+        """
+        return self.transformer(ids, None, cu_seqlens)
+
+    def loss(self, ids: Tensor, targets: Tensor, reduction: str = "mean", cu_seqlens: Tensor | None = None) -> Tensor:
         """Cross-entropy of `targets` (B, T), in nats; targets of -100 count for nothing.
 
         The logits are made some rows at a time (`ops.linear_cross_entropy`), and never whole.
 
         Args:
             reduction: "mean" over the targets that count, "sum", or "none" for (B, T).
+            cu_seqlens: documents, as for `hidden`.
         """
-        self._check(ids, 0)
         if targets.shape != ids.shape:
             raise ValueError(f"targets must have the shape of ids {tuple(ids.shape)}, got {tuple(targets.shape)}")
-        hidden = self.transformer(ids, None)  # (B, T, C)
+        hidden = self.hidden(ids, cu_seqlens)  # (B, T, C)
         weight = self.classifier[: self.config.vocab_size]  # a view: the padding is not seen
         return ops.linear_cross_entropy(hidden, weight, targets, ignore_index=-100, reduction=reduction)
-
-    def _check(self, ids: Tensor, start: int) -> None:
-        if ids.dtype != torch.int64:
-            raise TypeError(f"ids must be int64, got {ids.dtype}")
-        if ids.dim() != 2:
-            raise ValueError(f"ids must have shape (B, T), got {tuple(ids.shape)}")
-        if start + ids.size(1) > self.config.n_positions:
-            raise ValueError(
-                f"ids has {start + ids.size(1)} tokens, the model has n_positions={self.config.n_positions}"
-            )
-        # On a GPU the check would make the host wait for it; there the embedding's own assertion catches it.
-        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-            low, high = ids.aminmax()
-            if low < 0 or high >= self.config.vocab_size:
-                bad = int(low if low < 0 else high)
-                raise ValueError(f"ids holds {bad}, the vocabulary has {self.config.vocab_size} ids from 0")
 
     def set_dropout(self, p: float) -> None:
         """Sets every dropout of the model to `p`, as for fine-tuning a model that was trained with another."""

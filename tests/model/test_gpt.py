@@ -90,6 +90,48 @@ def test_with_the_cache_the_logits_are_the_same(parts):
         torch.testing.assert_close(model(ids, last_only=True), model(ids)[:, -1:])
 
 
+@pytest.mark.parametrize("B", [1, 2])
+def test_packed_documents_do_not_see_each_other(B):
+    model = small()
+    lengths = [30, 1, 9, 40, 64, 16]  # 160 tokens, more than n_positions; 80 of them in the first four
+    documents = [some_ids(model, 1, n, seed=n) for n in lengths]
+    ids = torch.cat(documents, 1).view(B, -1)
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    packed = model.hidden(ids, cu_seqlens).view(1, 160, -1)
+    alone = torch.cat([model.hidden(d) for d in documents], 1)
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_document_that_rows_cut_is_two():
+    model = small()
+    ids = some_ids(model, 2, 20)
+    torch.testing.assert_close(model.hidden(ids, torch.tensor([0, 40], dtype=torch.int32)), model.hidden(ids))
+
+
+def test_the_loss_of_packed_documents_is_that_of_each():
+    model = small()
+    lengths = [20, 7, 37]
+    documents = [some_ids(model, 1, n, seed=n) for n in lengths]
+    targets = [d.roll(-1, 1) for d in documents]
+    cu_seqlens = torch.tensor([0, 20, 27, 64], dtype=torch.int32)
+    each = torch.cat([model.loss(d, t, "none") for d, t in zip(documents, targets, strict=True)], 1)
+    packed = model.loss(torch.cat(documents, 1), torch.cat(targets, 1), "none", cu_seqlens)
+    torch.testing.assert_close(packed, each, rtol=1e-5, atol=1e-5)
+
+
+def test_bad_document_boundaries_are_named():
+    model = small()
+    ids = some_ids(model, 1, 100)
+    for bad, words in (
+        ([0, 65, 100], "ids has 65 tokens, the model has n_positions=64"),
+        ([0, 60, 90], "must begin with 0 and end with B \\* T = 100"),
+        ([0, 60, 50, 100], "must not decrease"),
+        ([0], r"shape \(n \+ 1,\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model.hidden(ids, torch.tensor(bad, dtype=torch.int32))
+
+
 def test_dropout_only_while_training():
     model = small(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     ids = some_ids(model)
