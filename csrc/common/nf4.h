@@ -9,7 +9,7 @@ namespace fastgpt {
 namespace {
 
 constexpr int64_t kBlock = 64;      // weights of one absmax
-constexpr int64_t kBytes = 32;      // of codes a block: byte i holds weight i's in its low half, weight i + 32's in its high
+constexpr int64_t kBytes = 32;      // a block: byte i has the codes of weight i, in its low half, and of weight i + 32
 constexpr int64_t kAbsmaxes = 256;  // of one second-level scale
 
 // The values of the 16 codes, as a macro for arrays of either compiler's memory.

@@ -4,8 +4,8 @@
 //
 // all in fp32, each operation rounded once, then rounded to the dtype that is asked for: the GPU's bits and the
 // reference's. A block of 64 has but 16 different weights. They are made first, in their dtype, and the codes only pick
-// among them, by a shuffle where there is one: looked up one by one, in the cache, they took three times as long. Memory
-// decides: what is read is an eighth, or a quarter, of what is written.
+// among them, by a shuffle where there is one: looked up one by one, in the cache, they took three times as long.
+// Memory decides: what is read is an eighth, or a quarter, of what is written.
 
 #include <algorithm>
 
@@ -26,7 +26,8 @@ struct Quantized {
 };
 
 // The 64 weights of one block, from the 16 that they can be. A shuffle of 16 lanes looks at 4 bits of an index, which
-// leaves the code in a byte's low half as it is. 8 lanes from two vectors, for fp32, are what AVX2 and AVX-512 both have.
+// leaves the code in a byte's low half as it is. 8 lanes from two vectors, for fp32, are what AVX2 and AVX-512 both
+// have.
 template <typename T>
 FASTGPT_INLINE void pick(const uint8_t* codes, const T* values, T* out) {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

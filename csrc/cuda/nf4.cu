@@ -3,8 +3,8 @@
 //   a = absmax * scale + mean        weight = value[code] * a
 //
 // each operation rounded once (not fused), then rounded to the dtype that is asked for. Memory decides: a thread reads
-// the codes of 2 * 16 bytes of weights in one access and writes those in two, the block's 64 weights being in two halves
-// whose codes share their bytes. The 16 values lie in shared memory, in 16 banks: no two threads conflict.
+// the codes of 2 * 16 bytes of weights in one access and writes those in two, one in each half of a block, whose codes
+// share their bytes. The 16 values lie in shared memory, in 16 banks: no two threads conflict.
 
 #include "cuda.cuh"
 #include "nf4.h"

@@ -53,7 +53,7 @@ torch.library.define(
 
 
 class NF4Weight(nn.Module):
-    """A weight in 4 bits. As a submodule it moves with its model, and is in the state dict, but never is cast.
+    """A weight in 4 bits. As a submodule it moves with its model and is in the state dict; its tensors are never cast.
 
     Attributes:
         codes: (blocks, 32), uint8. Byte i holds the code of a block's weight i in its low half, i + 32's in its high.
@@ -61,7 +61,7 @@ class NF4Weight(nn.Module):
         scale: (ceil(blocks / 256),), float32.
         mean: (1,), float32.
         shape: of the weight. The last block's weights beyond it are 0.
-        dtype: that the weight had, and that `dequantize` gives it by default.
+        dtype: that `dequantize` gives by default: the weight's, or what the module was cast to.
     """
 
     codes: Tensor
@@ -94,6 +94,7 @@ class NF4Weight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Weight":
         # As bytes, which `.to(torch.bfloat16)` leaves alone: 16 bits are too few for a scale and a mean.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         return super()._apply(lambda t: fn(t.view(torch.uint8)).view(t.dtype), recurse)
 
 
@@ -154,7 +155,7 @@ def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tenso
 
     Args:
         weight: what `quantize_nf4` gives.
-        dtype: float32, float64, bfloat16 or float16; by default that of the weight that was quantized.
+        dtype: float32, float64, bfloat16 or float16; by default `weight.dtype`.
 
     Returns:
         (weight.shape), contiguous, of `dtype`: NF4[code] * a in fp32, then rounded. The same bits on every device.

@@ -237,12 +237,14 @@ class Frozen(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
 
-def test_as_a_submodule_it_moves_and_is_saved_but_never_cast():
+def test_as_a_submodule_it_moves_and_is_saved_and_a_cast_is_of_what_it_gives():
     module = Frozen(normal(20, 30))
     before = module.weight.dequantize()
-    for cast in (lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()):
-        assert torch.equal(cast(copy.deepcopy(module)).weight.dequantize(), before)
-    assert module.to(torch.bfloat16).bias.dtype == torch.bfloat16
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        cast = copy.deepcopy(module).to(dtype)
+        assert torch.equal(cast.weight.dequantize(), before.to(dtype))
+        assert torch.equal(cast.weight.dequantize(torch.float32), before)
+        assert torch.equal(cast.float().weight.dequantize(), before)
     other = Frozen(normal(20, 30, seed=1))
     other.load_state_dict(module.state_dict())
     assert torch.equal(other.weight.dequantize(), before)
