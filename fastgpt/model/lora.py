@@ -251,7 +251,8 @@ def apply_lora(
             with an error of 9% of normal weights' root mean square. One layer after the other, so that memory falls.
 
     Raises:
-        UserError: a target matches no layer, a number is out of its range, or the model has an adapter of that name.
+        UserError: a target matches no layer, a number is out of its range, the model has an adapter of that name, or a
+            weight that is to be quantized is not finite. The model is then as it was.
     """
     config = LoRAConfig(rank, alpha, targets, dropout, use_rslora, use_dora)
     if quantize not in (None, "nf4"):
@@ -288,6 +289,8 @@ def add_adapter(model: nn.Module, config: LoRAConfig, name: str, quantize: bool 
     paths = [path for path in linear_layers(model) if config.matches(path)]  # the layers themselves would stay alive
     if not paths:
         raise no_such_target(config.targets, linear_layers(model))
+    if quantize:
+        _refuse_unbounded(model, paths)
     parts = {}
     for path in paths:
         layer = model.get_submodule(path)
@@ -303,6 +306,14 @@ def add_adapter(model: nn.Module, config: LoRAConfig, name: str, quantize: bool 
     model.requires_grad_(False)
     set_adapter(model, name)
     return parts
+
+
+@torch.no_grad()
+def _refuse_unbounded(model: nn.Module, paths: list[str]) -> None:
+    for path in paths:
+        weight = model.get_submodule(path).weight
+        if isinstance(weight, Tensor) and not torch.linalg.vector_norm(weight, math.inf) < 2.0**127:
+            raise UserError(f"{path}.weight has numbers that are infinite, NaN or above 2^127: 4 bits cannot hold it")
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:

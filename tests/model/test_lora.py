@@ -444,4 +444,8 @@ def test_gpt2s_projections_take_an_eighth_of_their_bytes():
 def test_what_cannot_be_quantized(model):
     with pytest.raises(UserError, match="weights can be quantized to 'nf4' only, got 'int8'"):
         apply_lora(model, quantize="int8")
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[3, 4] = torch.nan
+    with pytest.raises(UserError, match=r"^transformer.h.1.mlp.c_fc.weight has numbers that are infinite, NaN"):
+        apply_lora(model, quantize="nf4")
     assert not adapted_layers(model)
