@@ -34,6 +34,7 @@ from fastgpt.model.lora import (
     linear_layers,
     no_such_target,
 )
+from fastgpt.ops import NF4Weight
 
 if TYPE_CHECKING:
     from fastgpt.model.gpt import GPT
@@ -154,7 +155,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     wanted: dict[str, tuple[int, ...]] = {}
     for layer, module in layers.items():
         weight = module.weight
-        assert isinstance(weight, Tensor)
+        assert isinstance(weight, Tensor | NF4Weight)
         out, width = weight.shape
         rank = config.rank_of(layer)
         wanted[f"{PREFIX}{layer}.lora_A.weight"] = (rank, width)
