@@ -64,7 +64,7 @@ def both(tmp_path_factory):
 
 @pytest.mark.parametrize("specials", SPECIALS)
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_agrees_with_transformers_token_for_token(both, specials, name, data):
     ours, theirs = both[specials, name]

@@ -5,7 +5,7 @@
     messages    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
 
 Whatever the file, a dialogue is a list of {"role": "system" | "user" | "assistant", "content": str}, which is what
-chat templates take. Alpaca's two fields become one user message, the input under its heading (`fastgpt.template.INPUT`):
+chat templates take. Alpaca's two fields become one user message, the input under a heading (`fastgpt.template.INPUT`):
 every template then shows the whole task, and the alpaca template prints what was published.
 """
 
