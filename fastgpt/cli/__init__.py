@@ -24,6 +24,7 @@ COMMANDS = {
     "tokenizer show": ("tokenizer:show", "show how a text splits into tokens"),
     "data prepare": ("data:prepare", "turn text files into token shards"),
     "train": ("train:train", "train a GPT on token shards, or resume a run"),
+    "finetune instruct": ("finetune:instruct", "fine-tune a model to answer, on dialogues"),
     "eval": ("eval:evaluate", "loss, perplexity and bits per byte of a model on token shards"),
     "generate": ("generate:generate", "continue a prompt"),
     "chat": ("chat:chat", "talk to a model that follows instructions"),
