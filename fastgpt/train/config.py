@@ -25,7 +25,7 @@ class RunConfig:
     """Forward passes in one optimizer step."""
     max_steps: int | None = None
     """Optimizer steps of the whole run."""
-    lr: float = 1e-3
+    lr: float | None = None
     """Peak learning rate."""
     min_lr: float | None = None
     """Learning rate at the end of the cosine; a tenth of --lr if not given."""
@@ -124,6 +124,8 @@ class TrainConfig(RunConfig):
     """Start from this model folder's weights, not from random ones; it decides the model's size."""
     max_steps: int = 1000
     """Optimizer steps of the whole run."""
+    lr: float = 1e-3
+    """Peak learning rate."""
     minutes: float | None = None
     """Instead of --max-steps: as many steps as take this long here, which is measured first."""
     eval_batches: int = 20

@@ -185,21 +185,22 @@ class Trainer:
     """One call of a training command: fills the run folder, and `run()`s to `max_steps` or a signal.
 
     Args:
-        config: of the run, with `max_steps`, `eval_interval` and `precision` settled.
+        config: of the run, with `max_steps`, `lr` and `precision` settled.
         task: with the weights of `latest` where there is one.
         latest: what `open_run` gave.
     """
 
     def __init__(self, config: RunConfig, task: Task[Any], latest: tuple[int, Path] | None) -> None:
         assert config.max_steps is not None
+        assert config.lr is not None
         assert config.precision != "auto"
         self.config, self.task = config, task
-        self.max_steps = config.max_steps
+        self.max_steps, self.lr = config.max_steps, config.lr
         self.eval_interval = config.eval_interval or max(1, min(250, config.max_steps // 8))
         self.device = next(task.model.parameters()).device
         torch.manual_seed(config.seed)  # again: nothing that was measured before may move what dropout draws
         self.optimizer = build_optimizer(
-            task.model, config.lr, config.weight_decay, (config.beta1, config.beta2), config.grad_clip
+            task.model, self.lr, config.weight_decay, (config.beta1, config.beta2), config.grad_clip
         )
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         if latest:
@@ -248,8 +249,8 @@ class Trainer:
         c = self.config
         lr = cosine_lr(
             self.step,
-            lr=c.lr,
-            min_lr=c.lr / 10 if c.min_lr is None else c.min_lr,
+            lr=self.lr,
+            min_lr=self.lr / 10 if c.min_lr is None else c.min_lr,
             warmup_steps=min(500, self.max_steps // 5) if c.warmup_steps is None else c.warmup_steps,
             max_steps=self.max_steps,
         )
@@ -282,12 +283,16 @@ class Trainer:
         log.say(f"step {self.step}: validation loss {figures['val_loss']:.4f}{''.join(others)}")
 
     def _best(self, log: RunLog) -> int | None:
-        """The step of the best evaluation so far, by metrics.jsonl; the untrained model does not count."""
+        """The step of the best evaluation so far, by metrics.jsonl; the lower loss decides between equals.
+
+        The model as it came, at step 0, does not count.
+        """
         if self.task.best_by is None:
             return None
         name, which = self.task.best_by
-        found = {r["step"]: r[name] for r in log.records if name in r and r["step"] > 0}
-        return (min if which == "min" else max)(found, key=lambda step: found[step], default=None)
+        sign = 1 if which == "min" else -1
+        found = {r["step"]: (sign * r[name], r["val_loss"]) for r in log.records if name in r and r["step"] > 0}
+        return min(found, key=lambda step: found[step], default=None)
 
     def _patience_is_over(self, log: RunLog) -> bool:
         best = self._best(log)
