@@ -18,6 +18,15 @@ from fastgpt.train.metrics import read_metrics
 ANSWERS = {"Who sees the cat?": "Ada does.", "Who hides?": "It is Bo.", "What is red?": "The old hat."}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small gain nothing from a second thread, and lose much where it has to wait for a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     torch.manual_seed(0)
