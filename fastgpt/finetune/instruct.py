@@ -1,7 +1,6 @@
 """Fine-tuning on dialogues: next-token prediction of the responses, given what they answer."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,6 +23,7 @@ from fastgpt.train import Task, Trainer, TrainResult, explained_run, open_run, p
 
 HELD_OUT = "held_out.json"  # in the run folder
 SHOWN = 3  # held-out prompts that are answered at the end
+Dialogues = list[tuple[str, list[Message]]]  # each with its place, for errors
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Prepared:
 
 def prepare(
     tokenizer: Tokenizer,
-    dialogues: Sequence[tuple[str, list[Message]]],
+    dialogues: Dialogues,
     block_size: int,
     too_long: TooLong = "cut",
     train_on_prompt: bool = False,
@@ -128,23 +128,27 @@ def pick_template(tokenizer: Tokenizer, name: str | None, folder: Path) -> str:
     return tokenizer.chat_template or TEMPLATES["alpaca"]
 
 
-Records = list[tuple[str, dict[str, Any]]]
-
-
-def _read(config: InstructConfig) -> tuple[Records, Records, tuple[Format, Format]]:
-    """The records to train on, those that are held out, and the format of each."""
+def _read(config: InstructConfig) -> tuple[Dialogues, Dialogues, list[dict[str, Any]]]:
+    """The dialogues to train on, those that are held out, and the held-out ones as they stand in the file."""
     assert config.data is not None
-    records = read_records(config.data)
-    kind = config.format or find_format(records[0][1], records[0][0])
+    records, kind = _read_file(config.data, config.format)
     if config.val_data is not None:
-        held_out = read_records(config.val_data)
-        return records, held_out, (kind, config.format or find_format(held_out[0][1], held_out[0][0]))
-    order = np.random.default_rng(config.seed).permutation(len(records)).tolist()
-    count = max(1, round(config.val_fraction * len(records)))
-    if count == len(records):
-        raise UserError(f"{config.data} has too few dialogues to hold some out: name others with --val-data")
-    held_out, rest = ([records[i] for i in sorted(part)] for part in (order[:count], order[count:]))
-    return rest, held_out, (kind, kind)
+        held_out, val_kind = _read_file(config.val_data, config.format)
+    else:
+        order = np.random.default_rng(config.seed).permutation(len(records)).tolist()
+        count = max(1, round(config.val_fraction * len(records)))
+        if count == len(records):
+            raise UserError(f"{config.data} has too few dialogues to hold some out: name others with --val-data")
+        held_out, val_kind = [records[i] for i in sorted(order[:count])], kind
+        records = [records[i] for i in sorted(order[count:])]
+    train = [(where, to_dialogue(record, kind, where)) for where, record in records]
+    val = [(where, to_dialogue(record, val_kind, where)) for where, record in held_out]
+    return train, val, [record for _, record in held_out]
+
+
+def _read_file(path: Path, format: Format | None) -> tuple[list[tuple[str, dict[str, Any]]], Format]:
+    records = read_records(path)
+    return records, format or find_format(records[0][1], records[0][0])
 
 
 class InstructionTuning(Task[Batch]):
@@ -159,7 +163,7 @@ class InstructionTuning(Task[Batch]):
     def __init__(self, config: InstructConfig, latest: tuple[int, Path] | None) -> None:
         self.device = pick_device(config.device)
         self.patience = config.patience
-        records, self.held_out_records, kinds = _read(config)
+        train, self.held_out, self.held_out_records = _read(config)
         torch.manual_seed(config.seed)
         self.model: GPT
         # A checkpoint of all weights is a model itself; one of adapters needs its base.
@@ -177,10 +181,6 @@ class InstructionTuning(Task[Batch]):
         block_size = config.block_size or limit
         if block_size > limit:
             raise UserError(f"--block-size {block_size} is more than the {limit} positions of {folder}")
-        train, self.held_out = (
-            [(where, to_dialogue(record, kind, where)) for where, record in part]
-            for part, kind in zip((records, self.held_out_records), kinds, strict=True)
-        )
         self.prepared, self.prepared_val = (
             prepare(self.tokenizer, part, block_size, config.too_long, config.train_on_prompt)
             for part in (train, self.held_out)
@@ -249,8 +249,8 @@ def finetune_instruct(config: InstructConfig) -> TrainResult:
         task = InstructionTuning(config, latest)
         trainer = Trainer(task.config, task, latest)
         if config.val_data is None:
-            records = [record for _, record in task.held_out_records]
-            atomic_write(config.out / HELD_OUT, json.dumps(records, ensure_ascii=False, indent=1) + "\n")
+            held_out = json.dumps(task.held_out_records, ensure_ascii=False, indent=1)
+            atomic_write(config.out / HELD_OUT, held_out + "\n")
         result = trainer.run()
         if result.signal is None:
             folder = publish_best(config.out, result)
@@ -259,7 +259,7 @@ def finetune_instruct(config: InstructConfig) -> TrainResult:
     return result
 
 
-def show_answers(folder: Path, dialogues: Sequence[tuple[str, list[Message]]], device: torch.device) -> None:
+def show_answers(folder: Path, dialogues: Dialogues, device: torch.device) -> None:
     """Prints what a model answers to the last messages of some dialogues, beside what they have there."""
     model, tokenizer = GPT.from_pretrained(folder, device=device), Tokenizer.from_pretrained(folder)
     for where, messages in dialogues:
