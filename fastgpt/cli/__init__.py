@@ -26,6 +26,8 @@ COMMANDS = {
     "train": ("train:train", "train a GPT on token shards, or resume a run"),
     "eval": ("eval:evaluate", "loss, perplexity and bits per byte of a model on token shards"),
     "generate": ("generate:generate", "continue a prompt"),
+    "chat": ("chat:chat", "talk to a model that follows instructions"),
+    "finetune instruct": ("finetune:instruct", "fine-tune a model to answer, on dialogues"),
     "finetune classify": ("finetune:classify", "fine-tune a model to tell classes of text apart"),
     "classify": ("classify:classify", "each class's probability for a text"),
     "merge": ("merge:merge", "merge a LoRA adapter into its base and write a whole model folder"),

@@ -115,7 +115,14 @@ def _download(name: str) -> Path:
             f"no folder {name}; to load it from the Hugging Face hub, `pip install huggingface_hub` first"
         ) from None
     try:
-        files = ["config.json", ADAPTER_CONFIG, "*.safetensors", "*.safetensors.index.json", "tokenizer*.json"]
+        files = [
+            "config.json",
+            ADAPTER_CONFIG,
+            "*.safetensors",
+            "*.safetensors.index.json",
+            "tokenizer*.json",
+            "chat_template.jinja",
+        ]
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # many kinds: no network, no such id, no access
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
