@@ -1,0 +1,115 @@
+"""A model's responses to instructions that it has not seen, and how near they are to the expected ones.
+
+    exact match   the same words: what `words` gives is equal (with no words at all, the stripped texts are)
+    ROUGE-L       Lin 2004: L = length of the longest common subsequence of the two word lists,
+                  P = L / words of the answer,  R = L / words of the expected,  F1 = 2 P R / (P + R)
+
+Words are the runs of letters and digits of the casefolded text: case, punctuation and spaces do not count.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fastgpt.errors import UserError
+from fastgpt.model import GPT
+from fastgpt.model.kv_cache import KVCache
+
+
+def words(text: str) -> list[str]:
+    """The runs of letters and digits in the casefolded text."""
+    return re.findall(r"[^\W_]+", text.casefold())
+
+
+def exact_match(answer: str, expected: str) -> bool:
+    a, b = words(answer), words(expected)
+    return a == b if a or b else answer.strip() == expected.strip()
+
+
+def longest_common_subsequence(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Its length, in len(a) * len(b) steps."""
+    row = [0] * (len(b) + 1)  # row[j]: of the part of a that was read and b[:j]
+    for x in a:
+        diagonal = 0
+        for j, y in enumerate(b):
+            above = row[j + 1]
+            row[j + 1] = diagonal + 1 if x == y else max(above, row[j])
+            diagonal = above
+    return row[-1]
+
+
+def rouge_l(answer: str, expected: str) -> float:
+    """ROUGE-L F1 in [0, 1]; 0 where either has no words."""
+    a, b = words(answer), words(expected)
+    return 2 * longest_common_subsequence(a, b) / (len(a) + len(b)) if a and b else 0.0
+
+
+@torch.inference_mode()
+def greedy(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    end_id: int | None,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """The likeliest next token again and again, for each prompt: its new ids, without `end_id`, which ends them.
+
+    Prompts of like lengths go together. A batch is read up to the end of its shortest prompt at once; from there a step
+    gives each row its own prompt's next token, or where that has ended, the model's.
+
+    Args:
+        prompts: at least one id each, at most n_positions - max_new_tokens.
+        progress: called after each batch with how many prompts are done.
+    """
+    results: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    device, dtype = model.classifier.device, model.transformer.wte.weight.dtype
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        lengths = torch.tensor([len(prompts[i]) for i in batch], device=device)
+        width = len(prompts[batch[0]]) + max_new_tokens
+        ids = torch.tensor([[*prompts[i], *[0] * (width - len(prompts[i]))] for i in batch], device=device)  # (B, T)
+        cache = KVCache(model.config, len(batch), device, dtype)
+        done = torch.zeros(len(batch), dtype=torch.bool, device=device)
+        read = 0
+        for t in range(len(prompts[batch[-1]]), width):
+            token = model(ids[:, read:t], cache, last_only=True)[:, -1].argmax(-1)  # (B,)
+            read = t
+            answering = t >= lengths
+            ids[:, t] = torch.where(answering, token, ids[:, t])
+            done |= t + 1 >= lengths + max_new_tokens
+            if end_id is not None:
+                done |= answering & (token == end_id)
+            if done.all():
+                break
+        for i, row in zip(batch, ids.tolist(), strict=True):
+            new = row[len(prompts[i]) : len(prompts[i]) + max_new_tokens]
+            results[i] = new[: new.index(end_id)] if end_id in new else new
+        if progress:
+            progress(min(start + batch_size, len(order)))
+    return results
+
+
+def check_room(model: GPT, max_new_tokens: int) -> int:
+    """How many tokens of a prompt leave room for the answer.
+
+    Raises:
+        UserError: none.
+    """
+    room = model.config.n_positions - max_new_tokens
+    if max_new_tokens < 1 or room < 1:
+        raise UserError(
+            f"--max-new-tokens must be at least 1 and below the {model.config.n_positions:,} tokens that the model "
+            f"reads, got {max_new_tokens}"
+        )
+    return room
+
+
+def score(answers: Sequence[str], expected: Sequence[str]) -> list[dict[str, Any]]:
+    """{"exact_match": bool, "rouge_l": float} for each answer."""
+    return [
+        {"exact_match": exact_match(a, e), "rouge_l": rouge_l(a, e)} for a, e in zip(answers, expected, strict=True)
+    ]
