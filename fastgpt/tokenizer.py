@@ -58,6 +58,8 @@ class Tokenizer:
         merges: the pairs of tokens that become one, in the order in which they are merged.
         special_tokens: the ids of whole tokens that no text makes, unless asked for.
         pattern: how text is split into words; merges never cross one.
+        chat_template: Jinja source that turns a dialogue into text (`fastgpt.template`), if it has one; it decides no
+            text's ids and is not part of `hash`.
     """
 
     def __init__(
@@ -66,7 +68,9 @@ class Tokenizer:
         merges: Sequence[tuple[bytes, bytes]],
         special_tokens: dict[str, int],
         pattern: str = GPT2_PATTERN,
+        chat_template: str | None = None,
     ) -> None:
+        self.chat_template = chat_template
         self.vocab = vocab
         self.merges = list(merges)
         self.special_tokens = special_tokens
@@ -219,6 +223,8 @@ class Tokenizer:
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
         """Reads the `tokenizer.json` of a byte-level BPE: a folder that holds one, or the file.
 
+        The chat template is read from beside it: `chat_template.jinja`, else `tokenizer_config.json`'s.
+
         Raises:
             UserError: it is missing or damaged, or something in it is not computed here; names the file and the field.
         """
@@ -249,10 +255,13 @@ class Tokenizer:
                     f"{path}: the added token {token.get('content')!r} is not special, which cannot be loaded"
                 )
             specials[token["content"]] = token["id"]
-        return _build(cls, model["vocab"], model["merges"], specials, _split_pattern(content, path), path)
+        tokenizer = _build(cls, model["vocab"], model["merges"], specials, _split_pattern(content, path), path)
+        tokenizer.chat_template = _chat_template(path.parent)
+        return tokenizer
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json; transformers' AutoTokenizer then gives the same ids."""
+        """Writes tokenizer.json and tokenizer_config.json (with the chat template); transformers' AutoTokenizer then
+        gives the same ids."""
         folder = Path(folder)
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         pre_tokenizer: dict[str, Any] = byte_level
@@ -287,6 +296,8 @@ class Tokenizer:
         if self.eot_id is not None:
             end = self.token_bytes(self.eot_id).decode()
             config |= {"bos_token": end, "eos_token": end}
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(folder / "tokenizer.json", json.dumps(content, ensure_ascii=False, indent=1) + "\n")
         atomic_write(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=1) + "\n")
@@ -330,6 +341,18 @@ def _split_pattern(content: dict[str, Any], path: Path) -> str:
     if by_byte_level or pattern is None or steps[0].get("behavior") != "Isolated" or steps[0].get("invert"):
         raise UserError(f"{path}: pre_tokenizer is no single split by a regular expression, which cannot be loaded")
     return pattern
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The chat template of a tokenizer's folder; of several that have names, the default one."""
+    if (folder / "chat_template.jinja").is_file():
+        return _read_text(folder / "chat_template.jinja")
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    template = _read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
 
 
 def _read_text(path: Path) -> str:
