@@ -24,7 +24,7 @@ COMMANDS = {
     "tokenizer show": ("tokenizer:show", "show how a text splits into tokens"),
     "data prepare": ("data:prepare", "turn text files into token shards"),
     "train": ("train:train", "train a GPT on token shards, or resume a run"),
-    "eval": ("eval:evaluate", "loss, perplexity and bits per byte of a model on token shards"),
+    "eval": ("eval:evaluate", "perplexity on shards, multiple choice, and responses to instructions, scored"),
     "generate": ("generate:generate", "continue a prompt"),
     "bench kernels": ("bench:kernels", "measure the ops against what torch ships"),
     "bench table": ("bench:table", "write the README's table of kernels from results"),

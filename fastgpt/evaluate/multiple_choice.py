@@ -9,8 +9,8 @@ Texts are made as EleutherAI's lm-evaluation-harness makes them, with no example
                 Both without the marks that WikiHow's pages left in them ("[header]", "[title]", "[step]").
     ARC         "Question: {question}\\nAnswer:"; the choices are the answers' texts.
     MMLU        "The following are multiple choice questions (with answers) about {subject}.\\n\\n{question}\\n
-                A. {first}\\nB. {second}\\n...\\nAnswer:"; the choices are the letters, whose bytes are alike, so that raw
-                and normalized agree.
+                A. {first}\\nB. {second}\\n...\\nAnswer:"; the choices are the letters, of one byte each, so that
+                raw and normalized agree.
 
 A space stands between context and choice. The harness divides by characters where this divides by bytes of UTF-8, as
 its documentation says; in English the two differ by little.
@@ -169,9 +169,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
 
 
 @torch.inference_mode()
-def log_likelihoods(
-    model: GPT, requests: Sequence[tuple[list[int], list[int]]], batch_size: int = 16
-) -> list[float]:
+def log_likelihoods(model: GPT, requests: Sequence[tuple[list[int], list[int]]], batch_size: int = 16) -> list[float]:
     """log p(continuation | context) of each pair, in nats: the sum over the continuation's tokens.
 
     Rows go through the model with the longest first, padded on the right, which a causal model does not see; those that

@@ -6,6 +6,8 @@ from typing import Any
 
 from fastgpt.files import atomic_write, explained
 
+SCORES = ("raw", "normalized", "chance", "exact match", "ROUGE-L", "judge")  # of the tables' columns
+
 
 def write(folder: Path, results: dict[str, Any]) -> None:
     """eval.json and eval.md, and with responses responses.jsonl, one line each."""
@@ -55,18 +57,21 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def lines(part: str, found: dict[str, Any]) -> list[str]:
+def lines(model: str, part: str, found: dict[str, Any]) -> list[str]:
     """What the terminal says of one part of the results."""
     if part == "perplexity":
         return [
-            f"{found['split']} of {found['data']}: {found['tokens']:,} tokens",
+            f"{model} on {found['split']} of {found['data']}: {found['tokens']:,} tokens",
             f"loss {found['loss']:.4f} nats per token, perplexity {found['perplexity']:.2f}, "
             f"{found['bits_per_byte']:.3f} bits per byte",
         ]
-    head, rows = _choices([found]) if part == "choices" else _responses(found)
-    said = [", ".join(f"{name} {value}" for name, value in zip(head, rows[0], strict=True))]
-    count, what = (found["questions"], "questions") if part == "choices" else (found["count"], "prompts")
-    return said + [cut for cut in [_cut(found["cut"], count, what)] if cut]
+    if part == "choices":
+        count, what, (head, rows) = found["questions"], f"{found['format']} questions", _choices([found])
+    else:
+        count, what, (head, rows) = found["count"], "prompts", _responses(found)
+    scores = [f"{name} {value}" for name, value in zip(head, rows[0], strict=True) if name in SCORES]
+    cut = _cut(found["cut"], count, what)
+    return [f"{model} on {found['file']}: {count:,} {what}", ", ".join(scores), *([cut] if cut else [])]
 
 
 def _perplexity(p: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from fastgpt.errors import UserError
 from fastgpt.model import GPT
 from fastgpt.model.kv_cache import KVCache
+from fastgpt.template import Message, encode_prompt, encode_text, render
+from fastgpt.tokenizer import Tokenizer
 
 
 def words(text: str) -> list[str]:
@@ -93,23 +94,59 @@ def greedy(
     return results
 
 
-def check_room(model: GPT, max_new_tokens: int) -> int:
-    """How many tokens of a prompt leave room for the answer.
+def respond(
+    model: GPT,
+    tokenizer: Tokenizer,
+    dialogues: Sequence[Sequence[Message]],
+    max_new_tokens: int,
+    template: str | None = None,
+    batch_size: int = 16,
+) -> tuple[list[dict[str, Any]], int]:
+    """The model's answer in place of each dialogue's last message, which is the expected one.
+
+    Args:
+        max_new_tokens: of an answer; below n_positions. A prompt that leaves less room loses its beginning.
+        template: Jinja source; the tokenizer's `chat_template` if not given.
+
+    Returns:
+        {"prompt", "expected", "answer"} of each dialogue, all texts; and how many prompts were cut.
 
     Raises:
-        UserError: none.
+        UserError: there is no template, or it does not take a dialogue.
     """
     room = model.config.n_positions - max_new_tokens
-    if max_new_tokens < 1 or room < 1:
-        raise UserError(
-            f"--max-new-tokens must be at least 1 and below the {model.config.n_positions:,} tokens that the model "
-            f"reads, got {max_new_tokens}"
+    prompts = [encode_prompt(tokenizer, list(dialogue[:-1]), template) for dialogue in dialogues]
+    end_id, end_text = _end_of_response(tokenizer, template)
+    answers = greedy(model, [p[-room:] for p in prompts], max_new_tokens, end_id, batch_size)
+    items = []
+    for dialogue, ids in zip(dialogues, answers, strict=True):
+        answer = tokenizer.decode(ids)
+        if end_text:
+            answer = answer.split(end_text)[0]
+        *before, last = dialogue
+        prompt = (
+            before[0]["content"] if len(before) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in before)
         )
-    return room
+        items.append({"prompt": prompt, "expected": last["content"], "answer": answer.strip()})
+    return items, sum(len(p) > room for p in prompts)
 
 
-def score(answers: Sequence[str], expected: Sequence[str]) -> list[dict[str, Any]]:
-    """{"exact_match": bool, "rouge_l": float} for each answer."""
-    return [
-        {"exact_match": exact_match(a, e), "rouge_l": rouge_l(a, e)} for a, e in zip(answers, expected, strict=True)
-    ]
+def _end_of_response(tokenizer: Tokenizer, template: str | None) -> tuple[int | None, str]:
+    """The special token that ends a response, and the plain text that the template prints before it."""
+    content = "\ufdd0"  # no character, so no template prints it by itself
+    messages: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
+    ids = encode_text(tokenizer, render(tokenizer, messages, template).rpartition(content)[2])
+    specials = set(tokenizer.special_tokens.values())
+    first = next((i for i, token in enumerate(ids) if token in specials), None)
+    end_id = tokenizer.eot_id if first is None else ids[first]
+    return end_id, tokenizer.decode(ids[:first]).strip()
+
+
+def score(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means of exact match and ROUGE-L, as shares; and the items, each with its own, which are added to it."""
+    for item in items:
+        item["exact_match"] = exact_match(item["answer"], item["expected"])
+        item["rouge_l"] = rouge_l(item["answer"], item["expected"])
+    n = len(items)
+    means = {name: sum(item[name] for item in items) / n for name in ("exact_match", "rouge_l")}
+    return {"count": n, **means, "items": items}

@@ -136,9 +136,9 @@ def test_length_decides_between_raw_and_normalized(pair):
     (short, long) = log_likelihoods(model, [encode_pair(tokenizer, "Ada sees", f" {c}") for c in choices])
     assert short > long
     assert short / len(choices[0]) < long / len(choices[1])
-    result = multiple_choice(model, tokenizer, [Question("x:1", "Ada sees", choices, 1)] * 4 + [
-        Question("x:1", "Ada sees", choices, 0)
-    ])
+    result = multiple_choice(
+        model, tokenizer, [Question("x:1", "Ada sees", choices, 1)] * 4 + [Question("x:1", "Ada sees", choices, 0)]
+    )
     assert result["accuracy"] == 0.2
     assert result["accuracy_normalized"] == 0.8
     assert result["accuracy_stderr"] == pytest.approx(math.sqrt(0.2 * 0.8 / 4))
@@ -215,5 +215,5 @@ def test_bad_files(tmp_path, pair):
             read_questions(tmp_path / "bad.jsonl")
     with pytest.raises(UserError, match="no such file"):
         read_questions(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="x:7: a choice has .* tokens, the model reads at most 64"):
+    with pytest.raises(UserError, match=r"x:7: a choice has .* tokens, the model reads at most 64"):
         multiple_choice(*pair, [Question("x:7", "Ada", ["a cat", "qz" * 100], 0)])
