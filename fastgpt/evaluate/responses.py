@@ -8,14 +8,15 @@ Words are the runs of letters and digits of the casefolded text: case, punctuati
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 
+from fastgpt.chat import turn_ends
 from fastgpt.model import GPT
 from fastgpt.model.kv_cache import KVCache
-from fastgpt.template import Message, encode_prompt, encode_text, render
+from fastgpt.template import Message, encode_prompt
 from fastgpt.tokenizer import Tokenizer
 
 
@@ -52,11 +53,11 @@ def greedy(
     model: GPT,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    end_id: int | None,
+    end_ids: Collection[int] = (),
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """The likeliest next token again and again, for each prompt: its new ids, without `end_id`, which ends them.
+    """The likeliest next token again and again, for each prompt: its new ids, up to the first of `end_ids`.
 
     Prompts of like lengths go together. A batch is read up to the end of its shortest prompt at once; from there a step
     gives each row its own prompt's next token, or where that has ended, the model's.
@@ -68,6 +69,7 @@ def greedy(
     results: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     device, dtype = model.classifier.device, model.transformer.wte.weight.dtype
+    ends = torch.tensor(sorted(end_ids), device=device)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         lengths = torch.tensor([len(prompts[i]) for i in batch], device=device)
@@ -82,13 +84,13 @@ def greedy(
             answering = t >= lengths
             ids[:, t] = torch.where(answering, token, ids[:, t])
             done |= t + 1 >= lengths + max_new_tokens
-            if end_id is not None:
-                done |= answering & (token == end_id)
+            done |= answering & torch.isin(token, ends)
             if done.all():
                 break
         for i, row in zip(batch, ids.tolist(), strict=True):
             new = row[len(prompts[i]) : len(prompts[i]) + max_new_tokens]
-            results[i] = new[: new.index(end_id)] if end_id in new else new
+            end = next((n for n, token in enumerate(new) if token in end_ids), max_new_tokens)
+            results[i] = new[:end]
         if progress:
             progress(min(start + batch_size, len(order)))
     return results
@@ -116,30 +118,19 @@ def respond(
     """
     room = model.config.n_positions - max_new_tokens
     prompts = [encode_prompt(tokenizer, list(dialogue[:-1]), template) for dialogue in dialogues]
-    end_id, end_text = _end_of_response(tokenizer, template)
-    answers = greedy(model, [p[-room:] for p in prompts], max_new_tokens, end_id, batch_size)
+    end_ids, end_texts = turn_ends(tokenizer, template)
+    answers = greedy(model, [p[-room:] for p in prompts], max_new_tokens, end_ids, batch_size)
     items = []
     for dialogue, ids in zip(dialogues, answers, strict=True):
         answer = tokenizer.decode(ids)
-        if end_text:
-            answer = answer.split(end_text)[0]
+        for text in end_texts:
+            answer = answer.partition(text)[0]
         *before, last = dialogue
         prompt = (
             before[0]["content"] if len(before) == 1 else "\n\n".join(f"{m['role']}: {m['content']}" for m in before)
         )
         items.append({"prompt": prompt, "expected": last["content"], "answer": answer.strip()})
     return items, sum(len(p) > room for p in prompts)
-
-
-def _end_of_response(tokenizer: Tokenizer, template: str | None) -> tuple[int | None, str]:
-    """The special token that ends a response, and the plain text that the template prints before it."""
-    content = "\ufdd0"  # no character, so no template prints it by itself
-    messages: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
-    ids = encode_text(tokenizer, render(tokenizer, messages, template).rpartition(content)[2])
-    specials = set(tokenizer.special_tokens.values())
-    first = next((i for i, token in enumerate(ids) if token in specials), None)
-    end_id = tokenizer.eot_id if first is None else ids[first]
-    return end_id, tokenizer.decode(ids[:first]).strip()
 
 
 def score(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Examples of many lengths as rows of one length, none of which sees its neighbours.
 
 An example of n ids is n - 1 inputs, each with the next id as its target; a target that does not count is -100. Rows are
-filled with whole examples and padded at their ends. `cu_seqlens` has every example, and each row's padding, as a document
-of its own: attention stays inside it and positions start at 0 in it, so an example's loss is what it is alone.
+filled with whole examples and padded at their ends. `cu_seqlens` has every example, and each row's padding, as a
+document of its own: attention stays inside it and positions start at 0, so an example's loss is what it is alone.
 """
 
 from collections.abc import Iterator, Sequence

@@ -29,7 +29,8 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 
 
 def resolve_model_folder(path: str | Path) -> Path:
-    """The model folder that a user means by `path`: itself, or the newest checkpoint where it is a run folder.
+    """The model folder that a user means by `path`: itself, or of a run folder what the run made: its model/ where it
+    has finished one, else its newest checkpoint. An adapter's folder counts as a model's.
 
     Raises:
         UserError: there is none.
@@ -38,17 +39,23 @@ def resolve_model_folder(path: str | Path) -> Path:
     if not path.exists():
         raise UserError(f"no model at {path}: name a model folder, a checkpoint or a run folder")
     if (path / "checkpoints").is_dir():
+        if _is_model(path / "model"):
+            return path / "model"
         found = {
             int(match[1]): p
             for p in (path / "checkpoints").iterdir()
-            if (match := re.fullmatch(r"step_(\d+)", p.name)) and (p / "config.json").is_file()
+            if (match := re.fullmatch(r"step_(\d+)", p.name)) and _is_model(p)
         }
         if not found:
-            raise UserError(f"the run {path} has no checkpoint yet: let it train on, with `fastgpt train --resume`")
+            raise UserError(f"the run {path} has no checkpoint yet: let it train on, with --resume")
         return found[max(found)]
-    if not (path / "config.json").is_file():
+    if not _is_model(path):
         raise UserError(f"{path} is no model folder: it has no config.json")
     return path
+
+
+def _is_model(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 def load_pretrained(cls: "type[GPT]", path: str | Path) -> "GPT":

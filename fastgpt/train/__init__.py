@@ -1,19 +1,36 @@
-"""Pre-training: the trainer, its config, optimizer, schedule and checkpoints."""
+"""Training: the trainer, what every run is configured by, optimizer, schedule, checkpoints; and pre-training on it."""
 
-from fastgpt.train.config import TrainConfig
+from fastgpt.train.config import RunConfig, TrainConfig
 from fastgpt.train.optimizer import AdamW, build_optimizer
+from fastgpt.train.pretrain import train, validation_loss
 from fastgpt.train.schedule import cosine_lr
-from fastgpt.train.trainer import Trainer, TrainResult, autocast, pick_device, train, validation_loss
+from fastgpt.train.trainer import (
+    Task,
+    Trainer,
+    TrainResult,
+    autocast,
+    explained_run,
+    open_run,
+    pick_device,
+    pick_precision,
+    publish_best,
+)
 
 __all__ = [
     "AdamW",
+    "RunConfig",
+    "Task",
     "TrainConfig",
     "TrainResult",
     "Trainer",
     "autocast",
     "build_optimizer",
     "cosine_lr",
+    "explained_run",
+    "open_run",
     "pick_device",
+    "pick_precision",
+    "publish_best",
     "train",
     "validation_loss",
 ]

@@ -30,8 +30,15 @@ def steps(run: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def save(run: Path, step: int, write_model: Callable[[Path], None], state: dict[str, Any], keep: int) -> Path:
-    """Writes checkpoints/step_<step>/ and then removes all but the newest `keep`.
+def save(
+    run: Path,
+    step: int,
+    write_model: Callable[[Path], None],
+    state: dict[str, Any],
+    keep: int,
+    best: int | None = None,
+) -> Path:
+    """Writes checkpoints/step_<step>/ and then removes all but the newest `keep` and that of step `best`.
 
     Args:
         write_model: writes the model folder's files into the folder that it is given.
@@ -57,8 +64,9 @@ def save(run: Path, step: int, write_model: Callable[[Path], None], state: dict[
             },
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for old in list(steps(run).values())[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    for old, path in list(steps(run).items())[:-keep]:
+        if old != best:
+            shutil.rmtree(path, ignore_errors=True)
     return folder
 
 

@@ -1,48 +1,31 @@
-"""All that a training run is made from, in one place: the command line is made from it and the run folder keeps it."""
+"""All that a run is made from, in one place: the command line is made from it and the run folder keeps it."""
 
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from fastgpt.errors import UserError
 
+Config = TypeVar("Config", bound="RunConfig")
+
 
 @dataclass
-class TrainConfig:
-    """Train a GPT on token shards, or resume a run."""
+class RunConfig:
+    """What every run has, whatever it trains."""
 
     out: Path
     """Run folder to write: config.json, metrics.jsonl, log.txt, loss.png, checkpoints/step_<n>/."""
-    data: Path | None = None
-    """Folder of token shards that `fastgpt data prepare` wrote."""
     resume: bool = False
     """Go on with the run in --out from its newest checkpoint, to the same losses as if it had never stopped."""
-
-    preset: str = "mini"
-    """Model size: micro, mini, nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
-    n_layer: int | None = None
-    """Blocks, instead of the preset's."""
-    n_head: int | None = None
-    """Attention heads, instead of the preset's."""
-    n_embd: int | None = None
-    """Width, instead of the preset's."""
-    block_size: int | None = None
-    """Tokens in a training sequence; also the model's n_positions, unless it starts from --init-from."""
-    dropout: float = 0.0
-    """Dropout on embeddings, attention and residuals."""
-    init_from: Path | None = None
-    """Start from this model folder's weights, not from random ones; it decides the model's size."""
 
     batch_size: int = 16
     """Sequences in one forward pass."""
     grad_accum: int = 1
     """Forward passes in one optimizer step."""
-    max_steps: int = 1000
+    max_steps: int | None = None
     """Optimizer steps of the whole run."""
-    minutes: float | None = None
-    """Instead of --max-steps: as many steps as take this long here, which is measured first."""
-    lr: float = 1e-3
+    lr: float | None = None
     """Peak learning rate."""
     min_lr: float | None = None
     """Learning rate at the end of the cosine; a tenth of --lr if not given."""
@@ -58,80 +41,115 @@ class TrainConfig:
     eval_interval: int | None = None
     """Steps between validation losses, one is taken at the start and the end too; an eighth of the run, at most 250, if
     not given."""
-    eval_batches: int = 20
-    """Validation batches in each of them, always the same ones."""
     save_interval: int = 500
     """Steps between checkpoints; one is written at the end and on Ctrl-C or SIGTERM too."""
     keep: int = 2
     """How many checkpoints to keep, the newest ones."""
     seed: int = 0
-    """Of the weights, the order of the data, and dropout."""
+    """Of all that is drawn: weights, order and division of the data, dropout."""
     device: str = "auto"
     """cpu, cuda, cuda:1, or auto: a GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 is autocast; auto measures which of the two is faster here for this model."""
 
+    command: ClassVar[str] = ""  # what makes and resumes such a run
+    # What may differ between the calls of one run: it changes nothing of the steps that were made already.
+    changeable: ClassVar[set[str]] = {"out", "resume", "device", "max_steps", "eval_interval", "save_interval", "keep"}
+
     def __post_init__(self) -> None:
-        self.out = Path(self.out)
-        self.data = None if self.data is None else Path(self.data)
-        self.init_from = None if self.init_from is None else Path(self.init_from)
-        positive = ("batch_size", "grad_accum", "max_steps", "eval_interval", "eval_batches", "save_interval", "keep")
-        for name in positive:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{option(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "grad_clip", "min_lr", "warmup_steps", "minutes"):
+        for f in fields(self):  # as config.json has them
+            value = getattr(self, f.name)
+            if "Path" in str(f.type) and value is not None:
+                setattr(self, f.name, Path(value))
+        self._at_least(1, "batch_size", "grad_accum", "max_steps", "eval_interval", "save_interval", "keep")
+        self._at_least(0, "lr", "weight_decay", "grad_clip", "min_lr", "warmup_steps")
+        self._share("beta1", "beta2")
+
+    def _at_least(self, least: float, *names: str) -> None:
+        for name in names:
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise UserError(f"{option(name)} must be at least 0, got {value}")
-        for name in ("beta1", "beta2", "dropout"):
+            if value is not None and not value >= least:
+                raise UserError(f"{option(name)} must be at least {least}, got {value}")
+
+    def _share(self, *names: str) -> None:
+        for name in names:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{option(name)} must be at least 0 and below 1, got {getattr(self, name)}")
-        if self.block_size is not None and self.block_size < 1:
-            raise UserError(f"--block-size must be at least 1, got {self.block_size}")
 
     def to_json(self) -> dict[str, Any]:
         """As the run folder keeps it; `load` reads it back. `resume` is of a call, not of a run."""
         values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
         del values["resume"]
-        return values
+        return {"command": self.command, **values}
 
     @classmethod
-    def load(cls, run: Path) -> "TrainConfig":
-        """The config of a run folder."""
+    def load(cls: type[Config], run: Path) -> Config:
+        """The config of a run folder.
+
+        Raises:
+            UserError: there is none, it is damaged, or another command made the run.
+        """
         path = Path(run) / "config.json"
         try:
             values = json.loads(path.read_text())
-            return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+            command = values.get("command", cls.command)
+            if command == cls.command:
+                return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
         except FileNotFoundError:
             raise UserError(f"{run} holds no run (no config.json): leave --resume out to start one there") from None
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, AttributeError):
             raise UserError(f"{path} is damaged: it is no run's config; restore it or start a new run") from None
+        raise UserError(f"{run} is a run of `fastgpt {command}`, not of `fastgpt {cls.command}`: resume it with that")
 
 
-# What may differ between the calls of one run: it changes nothing of the steps that were made already.
-CHANGEABLE = {
-    "out",
-    "data",
-    "resume",
-    "device",
-    "max_steps",
-    "minutes",
-    "eval_interval",
-    "eval_batches",
-    "save_interval",
-    "keep",
-}
+@dataclass
+class TrainConfig(RunConfig):
+    """Train a GPT on token shards, or resume a run."""
+
+    data: Path | None = None
+    """Folder of token shards that `fastgpt data prepare` wrote."""
+    preset: str = "mini"
+    """Model size: micro, mini, nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
+    n_layer: int | None = None
+    """Blocks, instead of the preset's."""
+    n_head: int | None = None
+    """Attention heads, instead of the preset's."""
+    n_embd: int | None = None
+    """Width, instead of the preset's."""
+    block_size: int | None = None
+    """Tokens in a training sequence; also the model's n_positions, unless it starts from --init-from."""
+    dropout: float = 0.0
+    """Dropout on embeddings, attention and residuals."""
+    init_from: Path | None = None
+    """Start from this model folder's weights, not from random ones; it decides the model's size."""
+    max_steps: int = 1000
+    """Optimizer steps of the whole run."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    minutes: float | None = None
+    """Instead of --max-steps: as many steps as take this long here, which is measured first."""
+    eval_batches: int = 20
+    """Validation batches in each validation loss, always the same ones."""
+
+    command: ClassVar[str] = "train"
+    changeable: ClassVar[set[str]] = RunConfig.changeable | {"data", "minutes", "eval_batches"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "eval_batches", "block_size")
+        self._at_least(0, "minutes")
+        self._share("dropout")
 
 
 def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_same_run(saved: TrainConfig, given: TrainConfig) -> None:
+def check_same_run(saved: RunConfig, given: RunConfig) -> None:
     """Refuses to resume a run with a config that would make it another run."""
-    for f in fields(TrainConfig):
+    for f in fields(given):
         was, now = getattr(saved, f.name), getattr(given, f.name)
-        if was != now and f.name not in CHANGEABLE:
+        if was != now and f.name not in given.changeable:
             raise UserError(
                 f"{option(f.name)} {now} differs from the run's own {was}: "
                 f"leave it out to resume {given.out}, or start a new run with another --out"

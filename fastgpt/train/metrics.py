@@ -21,10 +21,11 @@ class RunLog:
         first_step: the step that this call starts from; records of later steps, which a killed run wrote after its last
             checkpoint, are dropped, so that each step stands in metrics.jsonl once.
         max_steps: the last step, for the bar.
+        loss_unit: of the loss, for the picture.
     """
 
-    def __init__(self, run: Path, first_step: int, max_steps: int) -> None:
-        self.run = run
+    def __init__(self, run: Path, first_step: int, max_steps: int, loss_unit: str) -> None:
+        self.run, self.loss_unit = run, loss_unit
         self.metrics_path = run / "metrics.jsonl"
         self.records = [r for r in read_metrics(self.metrics_path) if r["step"] <= first_step]
         atomic_write(self.metrics_path, "".join(json.dumps(r) + "\n" for r in self.records))
@@ -78,7 +79,7 @@ class RunLog:
             print(f"step {step}  {status}", file=sys.stdout, flush=True)
 
     def draw(self) -> None:
-        draw_loss(self.records, self.run / "loss.png")
+        draw_loss(self.records, self.run / "loss.png", self.loss_unit)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -93,7 +94,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def draw_loss(records: list[dict[str, Any]], path: Path) -> None:
+def draw_loss(records: list[dict[str, Any]], path: Path, loss_unit: str) -> None:
     """Training loss (each step faint, a running mean over it) and validation loss against tokens seen, as a PNG."""
     import io
 
@@ -115,7 +116,7 @@ def draw_loss(records: list[dict[str, Any]], path: Path) -> None:
         tokens, losses = zip(*val, strict=True)
         axes.plot(tokens, losses, "o-", color="#d94801", markersize=4, label=f"validation, {losses[-1]:.3f} at the end")
     axes.set_xlabel("tokens seen")
-    axes.set_ylabel("cross-entropy loss (nats per token)")
+    axes.set_ylabel(f"loss ({loss_unit})")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x else "0")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -89,7 +89,7 @@ def test_greedy_is_generate_for_each_prompt(model):
     cut = [a[: a.index(end)] if end in a else a for a in alone]
     for batch_size in (1, 3, 8):
         done = []
-        assert greedy(model, prompts, 12, None, batch_size) == alone
-        assert greedy(model, prompts, 12, end, batch_size, done.append) == cut
+        assert greedy(model, prompts, 12, (), batch_size) == alone
+        assert greedy(model, prompts, 12, {end}, batch_size, done.append) == cut
         assert done[-1] == len(prompts)
-    assert greedy(model, prompts, 1, None) == [a[:1] for a in alone]
+    assert greedy(model, prompts, 1) == [a[:1] for a in alone]

@@ -120,24 +120,11 @@ def test_a_response_is_what_generate_says_up_to_its_end(taught, template):
         ids = encode_prompt(tokenizer, dialogue[:-1], TEMPLATES[template])[-room:]
         new = model.generate(torch.tensor([ids]), 30, temperature=0, eos_id=tokenizer.eot_id)[0, len(ids) :].tolist()
         said = tokenizer.decode(new).split("<|endoftext|>")[0]
-        if template == "chatml":
-            said = said.split("<|im_end|>")[0]
+        said = said.split("<|im_end|>" if template == "chatml" else "### Instruction:")[0]
         assert item["answer"] == said.strip()
         assert item["expected"] == dialogue[-1]["content"]
     assert cut == sum(len(encode_prompt(tokenizer, d[:-1], TEMPLATES[template])) > room for d in dialogues) > 0
     assert items[1]["prompt"] == "system: Be brief.\n\nuser: Who is it?\n\nassistant: Bo\n\nuser: Who is it?"
-
-
-def test_an_end_mark_that_is_a_special_token_ends_the_answer(taught):
-    from fastgpt.evaluate.responses import _end_of_response
-    from fastgpt.template import CHATML
-
-    tokenizer = Tokenizer.from_pretrained(taught)
-    assert _end_of_response(tokenizer, CHATML) == (tokenizer.eot_id, "<|im_end|>")
-    assert _end_of_response(tokenizer, TEMPLATES["alpaca"]) == (tokenizer.eot_id, "")
-    specials = {**tokenizer.special_tokens, "<|im_end|>": tokenizer.vocab_size}
-    more = Tokenizer(tokenizer.vocab, tokenizer.merges, specials)
-    assert _end_of_response(more, CHATML) == (tokenizer.vocab_size, "")
 
 
 def test_what_a_model_says_cannot_break_the_page(taught):

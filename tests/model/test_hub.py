@@ -216,6 +216,10 @@ def test_a_run_folder_means_its_newest_checkpoint(tmp_path):
         (tmp_path / "checkpoints" / name / "config.json").write_text("{}")
     (tmp_path / "checkpoints/step_12").mkdir()  # no model in it
     assert resolve_model_folder(tmp_path).name == "step_10"
+    (tmp_path / "model").mkdir()  # not there yet
+    assert resolve_model_folder(tmp_path).name == "step_10"
+    (tmp_path / "model/adapter_config.json").write_text("{}")
+    assert resolve_model_folder(tmp_path) == tmp_path / "model"
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="has no checkpoint yet"):
         resolve_model_folder(tmp_path / "empty")

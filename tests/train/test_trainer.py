@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fastgpt.errors import UserError
-from fastgpt.train import TrainConfig, Trainer, checkpoint, metrics, train
+from fastgpt.train import RunConfig, Task, TrainConfig, Trainer, checkpoint, metrics, publish_best, train
+from fastgpt.train.pretrain import Pretraining
 
 SMALL = {
     "preset": "micro",
@@ -220,7 +221,8 @@ def test_a_half_written_checkpoint_does_not_count(shards, tmp_path):
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(shards, tmp_path):
-    Trainer(config(shards, tmp_path / "run"))  # writes config.json, no more
+    task = Pretraining(config(shards, tmp_path / "run"), None)
+    Trainer(task.config, task, None)  # writes config.json, no more
     saved = TrainConfig.load(tmp_path / "run")
     saved.resume = True
     assert train(saved).step == 10
@@ -238,13 +240,13 @@ def test_what_a_resumed_run_may_and_may_not_change(shards, tmp_path, refused, cl
 
 def test_minutes_become_steps_and_measuring_changes_nothing(shards, tmp_path, monkeypatch):
     measured = []
-    plain = Trainer._seconds_per_step
+    plain = Pretraining._seconds_per_step
 
     def measure(self, *args):
         measured.append(plain(self, *args))
         return 0.5
 
-    monkeypatch.setattr(Trainer, "_seconds_per_step", measure)
+    monkeypatch.setattr(Pretraining, "_seconds_per_step", measure)
     result = train(config(shards, tmp_path / "a", minutes=0.1, dropout=0.1))
     assert result.step == TrainConfig.load(tmp_path / "a").max_steps == 12
     assert 0 < measured[0] < 10
@@ -334,3 +336,68 @@ def test_evaluation_is_over_the_whole_split_and_agrees_with_a_plain_loop(shards,
             count += T
     assert f"{count:,} tokens" in text
     assert f"loss {total / count:.4f}" in text
+
+
+class Slope(Task):
+    """One parameter that grows; its figures are given."""
+
+    best_by = ("score", "max")
+
+    def __init__(self, scores, patience=None):
+        self.model = torch.nn.Linear(1, 1, bias=False)
+        self.scores, self.patience, self.weights = scores, patience, [1.0]
+
+    def next_batch(self):
+        self.weights.append(self.weights.pop(0))
+        return self.weights[-1]
+
+    def loss(self, batch):
+        return -batch * self.model.weight.sum()
+
+    def weight(self, batch):
+        return batch
+
+    def tokens(self, batch):
+        return 1
+
+    def evaluate(self):
+        return {"val_loss": 1.0, "score": self.scores.pop(0)}
+
+    def write_model(self, folder):
+        (folder / "weight").write_text(str(self.model.weight.item()))
+
+    def describe(self):
+        return "a slope"
+
+
+def run_config(out, **changes):
+    return RunConfig(**{"out": out, "max_steps": 10, "eval_interval": 1, "precision": "fp32", "keep": 1, **changes})
+
+
+def test_the_best_checkpoint_is_kept_and_patience_ends_the_run(tmp_path, capsys):
+    task = Slope([9.0, 1.0, 3.0, 2.0, 2.5, 1.0], patience=3)  # the untrained model's 9 does not count
+    result = Trainer(run_config(tmp_path), task, None).run()
+    assert (result.step, result.best) == (5, 2)
+    assert list(checkpoint.steps(tmp_path)) == [2, 5]
+    assert "no better one for 3 evaluations: the best is that of step 2" in capsys.readouterr().out
+    for _ in range(2):  # again over what is there
+        model = publish_best(tmp_path, result)
+        assert (model / "weight").read_text() == (tmp_path / "checkpoints/step_2/weight").read_text()
+        assert [p.name for p in model.iterdir()] == ["weight"]
+    assert not list(tmp_path.glob("model.*"))
+
+
+def test_accumulated_batches_count_by_their_weight(tmp_path):
+    task = Slope([0.0] * 9)
+    task.weights = [1.0, 3.0]
+    Trainer(run_config(tmp_path, max_steps=1, grad_accum=2), task, None).run()
+    record = metrics.read_metrics(tmp_path / "metrics.jsonl")[1]
+    weight = -record["loss"] / (3 * 3 / 4 + 1 * 1 / 4)  # the loss before the step is -(w1 b1 + w2 b2) * weight
+    assert record["grad_norm"] == pytest.approx(2.5)
+    assert weight == pytest.approx(float((tmp_path / "checkpoints/step_1/weight").read_text()), abs=0.01)
+
+
+def test_a_run_of_another_command_is_named(shards, tmp_path):
+    train(config(shards, tmp_path / "run", max_steps=1))
+    with pytest.raises(UserError, match=r"is a run of `fastgpt train`, not of `fastgpt walk`: resume it with that"):
+        type("Walk", (RunConfig,), {"command": "walk"}).load(tmp_path / "run")
