@@ -169,7 +169,12 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
 
 
 @torch.inference_mode()
-def log_likelihoods(model: GPT, requests: Sequence[tuple[list[int], list[int]]], batch_size: int = 16) -> list[float]:
+def log_likelihoods(
+    model: GPT,
+    requests: Sequence[tuple[list[int], list[int]]],
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> list[float]:
     """log p(continuation | context) of each pair, in nats: the sum over the continuation's tokens.
 
     Rows go through the model with the longest first, padded on the right, which a causal model does not see; those that
@@ -179,6 +184,7 @@ def log_likelihoods(model: GPT, requests: Sequence[tuple[list[int], list[int]]],
     Args:
         requests: (context ids, continuation ids), neither empty, the continuation of at most n_positions tokens.
         batch_size: rows in one forward pass.
+        progress: called after each pass with how many rows are done.
     """
     limit = model.config.n_positions
     device = model.classifier.device
@@ -205,11 +211,17 @@ def log_likelihoods(model: GPT, requests: Sequence[tuple[list[int], list[int]]],
         weight = model.classifier[: model.config.vocab_size]
         losses = ops.linear_cross_entropy(hidden, weight, torch.tensor(targets, device=device), reduction="none")
         totals.index_add_(0, torch.tensor(asked), -losses.double().cpu())
+        if progress:
+            progress(start + len(batch))
     return totals.tolist()
 
 
 def multiple_choice(
-    model: GPT, tokenizer: Tokenizer, questions: Sequence[Question], batch_size: int = 16
+    model: GPT,
+    tokenizer: Tokenizer,
+    questions: Sequence[Question],
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Accuracy, raw and normalized, with the standard error of each mean.
 
@@ -230,7 +242,7 @@ def multiple_choice(
             raise UserError(f"{q.where}: a choice has {longest:,} tokens, the model reads at most {limit:,}: remove it")
         cut += any(len(context) + len(continuation) - 1 > limit for context, continuation in pairs)
         requests += pairs
-    scores = iter(log_likelihoods(model, requests, batch_size))
+    scores = iter(log_likelihoods(model, requests, batch_size, progress))
     raw = normalized = 0
     for q in questions:
         log_p = [next(scores) for _ in q.choices]

@@ -92,7 +92,7 @@ def greedy(
             end = next((n for n, token in enumerate(new) if token in end_ids), max_new_tokens)
             results[i] = new[:end]
         if progress:
-            progress(min(start + batch_size, len(order)))
+            progress(start + len(batch))
     return results
 
 
@@ -103,6 +103,7 @@ def respond(
     max_new_tokens: int,
     template: str | None = None,
     batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[list[dict[str, Any]], int]:
     """The model's answer in place of each dialogue's last message, which is the expected one.
 
@@ -119,7 +120,7 @@ def respond(
     room = model.config.n_positions - max_new_tokens
     prompts = [encode_prompt(tokenizer, list(dialogue[:-1]), template) for dialogue in dialogues]
     end_ids, end_texts = turn_ends(tokenizer, template)
-    answers = greedy(model, [p[-room:] for p in prompts], max_new_tokens, end_ids, batch_size)
+    answers = greedy(model, [p[-room:] for p in prompts], max_new_tokens, end_ids, batch_size, progress)
     items = []
     for dialogue, ids in zip(dialogues, answers, strict=True):
         answer = tokenizer.decode(ids)

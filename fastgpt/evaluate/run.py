@@ -71,13 +71,18 @@ class EvalConfig:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
-def evaluate(config: EvalConfig, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def evaluate(
+    config: EvalConfig,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
     """What eval.json holds: "model" and how it was run, then "perplexity", "choices", "responses" as asked for.
 
     All input is read before the model is, so that what is wrong with it shows at once.
 
     Args:
         say: called with each line for the terminal.
+        progress: called with how many texts of a part are done, while it goes on.
 
     Raises:
         UserError: anything that a user can put right; with `config.out`, the parts that were done are kept.
@@ -119,14 +124,15 @@ def evaluate(config: EvalConfig, say: Callable[[str], None] = lambda line: None)
         results["perplexity"] = perplexity(model, shards, c.batch_size, c.max_batches)
         done("perplexity", results["perplexity"])
     for path, name, questions in files:
-        found = {"file": str(path), "format": name, **multiple_choice(model, tokenizer, questions, c.batch_size)}
+        scores = multiple_choice(model, tokenizer, questions, c.batch_size, progress)
+        found = {"file": str(path), "format": name, **scores}
         results.setdefault("choices", []).append(found)
         done("choices", found)
     if dialogues:
         template = TEMPLATES[c.template] if c.template else None
-        room = min(c.max_new_tokens, model.config.n_positions // 2)
-        items, cut = respond(model, tokenizer, dialogues, room, template, c.batch_size)
-        results["responses"] = {"file": str(c.responses), "max_new_tokens": room, "cut": cut, **score(items)}
+        new_tokens = min(c.max_new_tokens, model.config.n_positions // 2)
+        items, cut = respond(model, tokenizer, dialogues, new_tokens, template, c.batch_size, progress)
+        results["responses"] = {"file": str(c.responses), "max_new_tokens": new_tokens, "cut": cut, **score(items)}
         done("responses", results["responses"])
         if judge is not None:
             results["responses"] |= judge_responses(judge, items)
