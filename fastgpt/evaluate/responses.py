@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastgpt.chat import turn_ends
+from fastgpt.errors import UserError
 from fastgpt.model import GPT
 from fastgpt.model.kv_cache import KVCache
 from fastgpt.template import Message, encode_prompt
@@ -118,7 +119,12 @@ def respond(
         UserError: there is no template, or it does not take a dialogue.
     """
     room = model.config.n_positions - max_new_tokens
-    prompts = [encode_prompt(tokenizer, list(dialogue[:-1]), template) for dialogue in dialogues]
+    prompts = []
+    for i, dialogue in enumerate(dialogues, 1):
+        try:
+            prompts.append(encode_prompt(tokenizer, list(dialogue[:-1]), template))
+        except UserError as error:
+            raise UserError(f"dialogue {i}: {error}") from None
     end_ids, end_texts = turn_ends(tokenizer, template)
     answers = greedy(model, [p[-room:] for p in prompts], max_new_tokens, end_ids, batch_size, progress)
     items = []

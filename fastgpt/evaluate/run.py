@@ -98,6 +98,8 @@ def evaluate(
     files = [(path, *read_questions(path, c.limit)) for path in c.choices]
     dialogues = read_dialogues(c.responses)[: c.limit] if c.responses is not None else []
     tokenizer = Tokenizer.from_pretrained(folder)
+    if dialogues and c.template is None and tokenizer.chat_template is None:
+        raise UserError(f"{folder} has no chat template to write the instructions in: name one with --template")
     device = pick_device(c.device)
     model = GPT.from_pretrained(folder, device=device)
     if tokenizer.vocab_size > model.config.vocab_size:
