@@ -28,6 +28,7 @@ COMMANDS = {
     "eval": ("eval:evaluate", "perplexity on shards, multiple choice, and responses to instructions, scored"),
     "generate": ("generate:generate", "continue a prompt"),
     "chat": ("chat:chat", "talk to a model that follows instructions"),
+    "merge": ("merge:merge", "merge a LoRA adapter into its base and write a whole model folder"),
     "bench kernels": ("bench:kernels", "measure the ops against what torch ships"),
     "bench table": ("bench:table", "write the README's table of kernels from results"),
     "info": ("info:info", "versions, devices, and which implementation each op takes and why"),

@@ -271,7 +271,8 @@ class GPT(nn.Module):
         """Loads a Hugging Face GPT-2 folder, or a model of that kind from the hub by its id, in eval mode.
 
         Args:
-            path: folder with config.json and model.safetensors or pytorch_model.bin (sharded or not), or a hub id.
+            path: folder with config.json and model.safetensors or pytorch_model.bin (sharded or not), or a hub id; or
+                an adapter's folder (see `fastgpt.model.adapter`), which gives its base with the adapter active.
             dtype: of the weights; float32 if not given, whatever the file holds.
 
         Raises:
@@ -283,6 +284,9 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder: str | Path, eos_token_id: int | None = None) -> None:
         """Writes config.json and model.safetensors as transformers reads them; each file appears whole or not at all.
+
+        What is written computes what the model computes now: an active adapter is merged into it (and the model stays
+        as it is). `fastgpt.model.adapter.save_adapter` writes the adapter alone.
 
         Args:
             eos_token_id: the tokenizer's end-of-text id, for config.json, where transformers' `generate` looks.

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from torch import Tensor
 from fastgpt.errors import UserError
 from fastgpt.files import atomic_write, explained
 from fastgpt.model.config import GPTConfig
+from fastgpt.model.lora import plain_parameters
 
 if TYPE_CHECKING:
     from fastgpt.model.gpt import GPT
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # Constants that old files carry: the causal mask and what it fills with.
 BUFFERS = (".attn.bias", ".attn.masked_bias")
+ADAPTER_CONFIG = "adapter_config.json"  # what tells a PEFT folder (see adapter.py)
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def resolve_model_folder(path: str | Path) -> Path:
     """The model folder that a user means by `path`: itself, or of a run folder what the run made: its model/ where it
-    has finished one, else its newest checkpoint. An adapter's folder counts as a model's.
+    has finished one, else its newest checkpoint. An adapter's folder (see `fastgpt.model.adapter`) counts as a model's.
 
     Raises:
         UserError: there is none.
@@ -50,20 +52,26 @@ def resolve_model_folder(path: str | Path) -> Path:
             raise UserError(f"the run {path} has no checkpoint yet: let it train on, with --resume")
         return found[max(found)]
     if not _is_model(path):
-        raise UserError(f"{path} is no model folder: it has no config.json")
+        raise UserError(f"{path} is no model folder: it has no config.json (nor an adapter's {ADAPTER_CONFIG})")
     return path
 
 
 def _is_model(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return (path / "config.json").is_file() or is_adapter(path)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether it is a PEFT folder, which holds an adapter and names its base."""
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def load_pretrained(cls: "type[GPT]", path: str | Path) -> "GPT":
-    """The model of a folder or of a hub id, on the CPU in float32."""
-    folder = Path(path)
-    if not folder.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
-        folder = _download(str(path))
-    folder = resolve_model_folder(folder)
+    """The model of a folder or of a hub id, on the CPU in float32; of an adapter, its base with the adapter active."""
+    folder = local_folder(path)
+    if is_adapter(folder):
+        from fastgpt.model.adapter import load_with_base
+
+        return load_with_base(cls, folder)
     config = read_config(folder)
     tensors = _read_weights(folder)
     model = cls(config)
@@ -71,16 +79,29 @@ def load_pretrained(cls: "type[GPT]", path: str | Path) -> "GPT":
     return model
 
 
+def local_folder(path: str | Path) -> Path:
+    """The model folder that `path` stands for; a hub id's is downloaded."""
+    folder = Path(path)
+    if not folder.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
+        folder = _download(str(path))
+    return resolve_model_folder(folder)
+
+
 def read_config(folder: Path) -> GPTConfig:
     """The GPTConfig of a model folder's config.json."""
     path = folder / "config.json"
+    return GPTConfig.from_hf(read_json(path), str(path))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file of a model folder holds."""
     try:
         values = json.loads(path.read_text())
         if not isinstance(values, dict):
             raise ValueError("not an object")
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): get the folder again") from None
-    return GPTConfig.from_hf(values, str(path))
+    return values
 
 
 def _download(name: str) -> Path:
@@ -91,7 +112,7 @@ def _download(name: str) -> Path:
             f"no folder {name}; to load it from the Hugging Face hub, `pip install huggingface_hub` first"
         ) from None
     try:
-        files = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*.json"]
+        files = ["config.json", ADAPTER_CONFIG, "*.safetensors", "*.safetensors.index.json", "tokenizer*.json"]
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # many kinds: no network, no such id, no access
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -106,7 +127,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     if name is None:
         raise UserError(f"{folder} has no weights: none of {', '.join(WEIGHTS)} is there")
     if not name.endswith(".index.json"):
-        return _read_file(folder / name)
+        return read_tensors(folder / name)
     try:
         shards = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -115,11 +136,12 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     for shard in shards:
         if Path(shard).name != shard or not (folder / shard).is_file():
             raise UserError(f"{folder / shard} is missing, though {name} names it: get the folder again")
-        tensors |= _read_file(folder / shard)
+        tensors |= read_tensors(folder / shard)
     return tensors
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors by name of a .safetensors file or of one that torch wrote; no code in it is run."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -176,8 +198,7 @@ def _is_padded(name: str) -> bool:
 def save_pretrained(model: "GPT", folder: Path, eos_token_id: int | None) -> None:
     """Writes config.json and model.safetensors; each appears whole or not at all."""
     tensors = {}
-    for name, parameter in model.named_parameters():
-        tensor = parameter.detach()
+    for name, tensor in plain_parameters(model):
         if _is_padded(name):
             tensor = tensor[: model.config.vocab_size]
         if name.endswith(TRANSPOSED):
@@ -185,18 +206,22 @@ def save_pretrained(model: "GPT", folder: Path, eos_token_id: int | None) -> Non
         tensors[name] = tensor.contiguous().cpu()
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "model.safetensors"
-        temporary = folder / f"model.safetensors.tmp-{os.getpid()}"
-        try:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_tensors(folder / "model.safetensors", tensors)
     # Without these two, transformers takes 50256 for the end of text, which a small vocabulary does not have.
     ends = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     config = {**model.config.to_hf(), **ends, "torch_dtype": dtype}
     atomic_write(folder / "config.json", json.dumps(config, indent=1) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a .safetensors file in one step: it appears whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -371,7 +371,9 @@ class Slope(Task):
 
 
 def run_config(out, **changes):
-    return RunConfig(**{"out": out, "max_steps": 10, "eval_interval": 1, "precision": "fp32", "keep": 1, **changes})
+    return RunConfig(
+        **{"out": out, "max_steps": 10, "lr": 1e-3, "eval_interval": 1, "precision": "fp32", "keep": 1, **changes}
+    )
 
 
 def test_the_best_checkpoint_is_kept_and_patience_ends_the_run(tmp_path, capsys):
