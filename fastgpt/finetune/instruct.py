@@ -13,34 +13,22 @@ from torch import Tensor
 from fastgpt.chat import stream_answer
 from fastgpt.errors import UserError
 from fastgpt.files import atomic_write
+from fastgpt.finetune.config import FinetuneConfig, load_base, settle
 from fastgpt.finetune.dialogues import Format, find_format, read_records, to_dialogue
 from fastgpt.finetune.packing import Batch, Example, PackedExamples, TooLong, fit_example, response_length
 from fastgpt.model import GPT
-from fastgpt.model.hub import resolve_model_folder
 from fastgpt.template import TEMPLATES, Message, encode_dialogue, encode_prompt
 from fastgpt.tokenizer import Tokenizer
-from fastgpt.train import (
-    RunConfig,
-    Task,
-    Trainer,
-    TrainResult,
-    explained_run,
-    open_run,
-    pick_device,
-    pick_precision,
-    publish_best,
-)
+from fastgpt.train import Task, Trainer, TrainResult, explained_run, open_run, pick_device, publish_best
 
 HELD_OUT = "held_out.json"  # in the run folder
 SHOWN = 3  # held-out prompts that are answered at the end
 
 
 @dataclass
-class InstructConfig(RunConfig):
+class InstructConfig(FinetuneConfig):
     """Fine-tune a model to answer, on dialogues; or resume such a run."""
 
-    model: Path | None = None
-    """Model folder, checkpoint or run folder to start from."""
     data: Path | None = None
     """Dialogues: Alpaca JSON, ShareGPT, or OpenAI's messages, as a JSON list or one a line."""
     val_data: Path | None = None
@@ -57,32 +45,17 @@ class InstructConfig(RunConfig):
     """Dialogues longer than a row lose their beginning (cut) or are left out (skip)."""
     train_on_prompt: bool = False
     """Learn to predict the prompts too, not the responses alone."""
-
-    epochs: int = 3
-    """How often each dialogue is seen; --max-steps, if given, says it instead."""
     batch_size: int = 4
     """Rows in one forward pass."""
-    lr: float | None = None  # type: ignore[assignment]
-    """Peak learning rate; 1e-4 if not given, or 1e-3 with --lora-rank."""
-    weight_decay: float = 0.01
-    """Decoupled decay, on matrices only: not on biases or norms."""
-    lora_rank: int = 0
-    """Train low-rank adapters of this rank and nothing else; 0 trains all weights."""
-    lora_alpha: float | None = None
-    """The adapters' output is scaled by this / rank; twice the rank if not given."""
-    lora_dropout: float = 0.0
-    """Dropout on the adapters' inputs."""
 
     command: ClassVar[str] = "finetune instruct"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(1, "epochs", "block_size")
-        self._at_least(0, "lora_rank")
-        self._share("val_fraction", "lora_dropout")
-        if self.val_data is None and not self.val_fraction:
+        self._at_least(1, "block_size")
+        if self.val_data is None and not 0 < self.val_fraction < 1:
             raise UserError(
-                "--val-fraction must be above 0, or name a file with --val-data: the best model is chosen by it"
+                f"--val-fraction must be above 0 and below 1, got {self.val_fraction}: the best model is chosen by it"
             )
 
 
@@ -154,75 +127,62 @@ def pick_template(tokenizer: Tokenizer, name: str | None, folder: Path) -> str:
     return tokenizer.chat_template or TEMPLATES["alpaca"]
 
 
+Records = list[tuple[str, dict[str, Any]]]
+
+
+def _read(config: InstructConfig) -> tuple[Records, Records, tuple[Format, Format]]:
+    """The records to train on, those that are held out, and the format of each."""
+    assert config.data is not None
+    records = read_records(config.data)
+    kind = config.format or find_format(records[0][1], records[0][0])
+    if config.val_data is not None:
+        held_out = read_records(config.val_data)
+        return records, held_out, (kind, config.format or find_format(held_out[0][1], held_out[0][0]))
+    order = np.random.default_rng(config.seed).permutation(len(records)).tolist()
+    count = max(1, round(config.val_fraction * len(records)))
+    if count == len(records):
+        raise UserError(f"{config.data} has too few dialogues to hold some out: name others with --val-data")
+    held_out, rest = ([records[i] for i in sorted(part)] for part in (order[:count], order[count:]))
+    return rest, held_out, (kind, kind)
+
+
 class InstructionTuning(Task[Batch]):
     """A model, from `config.model` or from the checkpoint `latest`, and the dialogues that it learns.
 
-    `config` is the given one with `block_size`, `lr`, `precision` and `max_steps` settled. Dropout is off, but for the
+    `config` is the given one with `block_size` and all that `settle` settles as numbers. Dropout is off, but for the
     adapters'.
     """
 
     best_by = ("val_loss", "min")
 
     def __init__(self, config: InstructConfig, latest: tuple[int, Path] | None) -> None:
-        if config.model is None or config.data is None:
-            missing = "--model" if config.model is None else "--data"
-            raise UserError(f"{missing} is missing: name a model folder with --model and dialogues with --data")
-        self.base = resolve_model_folder(config.model)
         self.device = pick_device(config.device)
-        self.tokenizer = Tokenizer.from_pretrained(latest[1] if latest else self.base)
-        if self.tokenizer.eot_id is None:
-            raise UserError(f"the tokenizer in {self.base} has no end-of-text token to end a response with")
-        self.tokenizer.chat_template = pick_template(self.tokenizer, config.template, self.base)
-        self.train_records, self.held_out, self.records = self._read(config)
+        self.patience = config.patience
+        records, self.held_out_records, kinds = _read(config)
         torch.manual_seed(config.seed)
-        self.model: GPT = self._build_model(config, latest[1] if latest else None)
+        self.model: GPT
+        self.model, self.tokenizer, folder = load_base(replace(config, model=latest[1]) if latest else config)
+        self.model.set_dropout(0.0)
+        self.model.to(self.device)
+        if self.tokenizer.eot_id is None:
+            raise UserError(f"the tokenizer in {folder} has no end-of-text token, which a response would end with")
+        self.tokenizer.chat_template = pick_template(self.tokenizer, config.template, folder)
         width, limit = self.model.config.n_embd, self.model.config.n_positions
         block_size = config.block_size or limit
         if block_size > limit:
-            raise UserError(f"--block-size {block_size} is more than the {limit} positions of {self.base}")
+            raise UserError(f"--block-size {block_size} is more than the {limit} positions of {folder}")
+        train, self.held_out = (
+            [(where, to_dialogue(record, kind, where)) for where, record in part]
+            for part, kind in zip((records, self.held_out_records), kinds, strict=True)
+        )
         self.prepared, self.prepared_val = (
             prepare(self.tokenizer, part, block_size, config.too_long, config.train_on_prompt)
-            for part in (self.train_records, self.held_out)
+            for part in (train, self.held_out)
         )
         self.data = PackedExamples(self.prepared.examples, block_size, config.seed)
         self.val_data = PackedExamples(self.prepared_val.examples, block_size, config.seed)
-        steps = -(-self.data.rows(config.epochs) // (config.batch_size * config.grad_accum))
-        self.config = replace(
-            config,
-            block_size=block_size,
-            lr=config.lr or (1e-3 if config.lora_rank else 1e-4),
-            precision=pick_precision(config.precision, self.device, config.batch_size * block_size, width),
-            max_steps=config.max_steps or steps,
-        )
-
-    def _read(self, config: InstructConfig) -> tuple[list[Any], list[Any], list[Any]]:
-        """Training dialogues, held-out ones, each with its place, and the held-out ones' records."""
-        assert config.data is not None
-        records = read_records(config.data)
-        kind = config.format or find_format(records[0][1], records[0][0])
-        if config.val_data is not None:
-            val_records = read_records(config.val_data)
-            val_kind = config.format or find_format(val_records[0][1], val_records[0][0])
-        else:
-            order = np.random.default_rng(config.seed).permutation(len(records)).tolist()
-            count = max(1, round(config.val_fraction * len(records)))
-            if count == len(records):
-                raise UserError(f"{config.data} has too few dialogues to hold some out: name others with --val-data")
-            val_records, val_kind = [records[i] for i in sorted(order[:count])], kind
-            records = [records[i] for i in sorted(order[count:])]
-        train = [(where, to_dialogue(record, kind, where)) for where, record in records]
-        held_out = [(where, to_dialogue(record, val_kind, where)) for where, record in val_records]
-        return train, held_out, [record for _, record in val_records]
-
-    def _build_model(self, config: InstructConfig, checkpoint: Path | None) -> GPT:
-        model = GPT.from_pretrained(checkpoint or self.base)
-        if model.config.vocab_size != self.tokenizer.vocab_size:
-            raise UserError(
-                f"the tokenizer in {self.base} has {self.tokenizer.vocab_size:,} ids, the model "
-                f"{model.config.vocab_size:,}: put the tokenizer.json there that the model was trained with"
-            )
-        model.set_dropout(0.0)
-        return model.to(self.device)
+        settled = settle(config, self.data.rows(), config.batch_size * block_size, width, trains_all=True)
+        self.config = replace(settled, block_size=block_size)
 
     def next_batch(self) -> Batch:
         return self.data.next_batch(self.config.batch_size)
@@ -280,7 +240,8 @@ def finetune_instruct(config: InstructConfig) -> TrainResult:
         task = InstructionTuning(config, latest)
         trainer = Trainer(task.config, task, latest)
         if config.val_data is None:
-            atomic_write(config.out / HELD_OUT, json.dumps(task.records, ensure_ascii=False, indent=1) + "\n")
+            records = [record for _, record in task.held_out_records]
+            atomic_write(config.out / HELD_OUT, json.dumps(records, ensure_ascii=False, indent=1) + "\n")
         result = trainer.run()
         if result.signal is None:
             folder = publish_best(config.out, result)
