@@ -25,6 +25,7 @@ COMMANDS = {
     "data prepare": ("data:prepare", "turn text files into token shards"),
     "train": ("train:train", "train a GPT on token shards, or resume a run"),
     "finetune instruct": ("finetune:instruct", "fine-tune a model to answer, on dialogues"),
+    "finetune prefer": ("finetune:prefer", "fine-tune a model on preferences between two answers (DPO)"),
     "eval": ("eval:evaluate", "perplexity on shards, multiple choice, and responses to instructions, scored"),
     "generate": ("generate:generate", "continue a prompt"),
     "chat": ("chat:chat", "talk to a model that follows instructions"),
