@@ -203,31 +203,35 @@ def converse(chat: Chat, read: Callable[[], str], write: Callable[[str], object]
     while True:
         try:
             line = read().strip()
+            if line == "/exit":
+                return
+            _obey(chat, line, write, say)
         except EOFError:
             return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # while nothing is being answered
+            write("\n")
             say("(/exit or Ctrl-D leaves)")
-            continue
-        command, _, argument = line.partition(" ")
-        try:
-            if command == "/exit":
-                return
-            if command == "/help":
-                say(HELP)
-            elif command == "/reset":
-                chat.reset()
-                say("(a new dialogue)")
-            elif command == "/save":
-                if not argument.strip():
-                    raise UserError("name a file: /save FILE")
-                chat.save(argument.strip())
-                say(f"(saved to {argument.strip()})")
-            elif command.startswith("/"):
-                raise UserError(f"there is no {command}: /help lists the commands")
-            elif line:
-                _answer(chat, line, write, say)
         except UserError as error:
             say(f"({error})")
+
+
+def _obey(chat: Chat, line: str, write: Callable[[str], object], say: Callable[[str], object]) -> None:
+    command, _, argument = line.partition(" ")
+    argument = argument.strip()
+    if command == "/help":
+        say(HELP)
+    elif command == "/reset":
+        chat.reset()
+        say("(a new dialogue)")
+    elif command == "/save":
+        if not argument:
+            raise UserError("name a file: /save FILE")
+        chat.save(argument)
+        say(f"(saved to {argument})")
+    elif command.startswith("/"):
+        raise UserError(f"there is no {command}: /help lists the commands")
+    elif line:
+        _answer(chat, line, write, say)
 
 
 def _answer(chat: Chat, line: str, write: Callable[[str], object], say: Callable[[str], object]) -> None:

@@ -7,7 +7,9 @@ from typing import ClassVar, TypeVar
 
 from fastgpt.errors import UserError
 from fastgpt.model import GPT
-from fastgpt.model.hub import resolve_model_folder
+from fastgpt.model.adapter import load_adapter
+from fastgpt.model.hub import is_adapter, resolve_model_folder
+from fastgpt.model.lora import apply_lora
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train import RunConfig, pick_device, pick_precision
 
@@ -53,10 +55,12 @@ def load_base(config: FinetuneConfig) -> tuple[GPT, Tokenizer, Path]:
     """The model to start from, on the CPU, its tokenizer, and the folder they are in.
 
     Raises:
-        UserError: it is none, or the tokenizer is not the model's.
+        UserError: it is none, or an adapter alone, or the tokenizer is not the model's.
     """
     assert config.model is not None
     folder = resolve_model_folder(config.model)
+    if is_adapter(folder):
+        raise UserError(f"{folder} is an adapter, not a whole model: `fastgpt merge` it into one first")
     tokenizer = Tokenizer.from_pretrained(folder)
     model = GPT.from_pretrained(folder)
     if tokenizer.vocab_size != model.config.vocab_size:
@@ -65,6 +69,15 @@ def load_base(config: FinetuneConfig) -> tuple[GPT, Tokenizer, Path]:
             "put the tokenizer.json there that the model was trained with"
         )
     return model, tokenizer, folder
+
+
+def adapt(model: GPT, config: FinetuneConfig, checkpoint: Path | None) -> None:
+    """With --lora-rank, freezes the model and gives it the adapter that trains: a checkpoint's, or a new one."""
+    if checkpoint is not None:
+        load_adapter(model, checkpoint)
+    else:
+        alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+        apply_lora(model, config.lora_rank, alpha, dropout=config.lora_dropout)
 
 
 def default_lr(width: int, trains_all: bool) -> float:

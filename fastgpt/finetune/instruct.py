@@ -13,10 +13,11 @@ from torch import Tensor
 from fastgpt.chat import stream_answer
 from fastgpt.errors import UserError
 from fastgpt.files import atomic_write
-from fastgpt.finetune.config import FinetuneConfig, load_base, settle
+from fastgpt.finetune.config import FinetuneConfig, adapt, load_base, settle
 from fastgpt.finetune.dialogues import Format, find_format, read_records, to_dialogue
 from fastgpt.finetune.packing import Batch, Example, PackedExamples, TooLong, fit_example, response_length
 from fastgpt.model import GPT
+from fastgpt.model.adapter import save_adapter
 from fastgpt.template import TEMPLATES, Message, encode_dialogue, encode_prompt
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train import Task, Trainer, TrainResult, explained_run, open_run, pick_device, publish_best
@@ -161,8 +162,13 @@ class InstructionTuning(Task[Batch]):
         records, self.held_out_records, kinds = _read(config)
         torch.manual_seed(config.seed)
         self.model: GPT
-        self.model, self.tokenizer, folder = load_base(replace(config, model=latest[1]) if latest else config)
+        # A checkpoint of all weights is a model itself; one of adapters needs its base.
+        start = replace(config, model=latest[1]) if latest and not config.lora_rank else config
+        self.model, self.tokenizer, folder = load_base(start)
         self.model.set_dropout(0.0)
+        self.base = folder if config.lora_rank else None
+        if self.base:
+            adapt(self.model, config, latest[1] if latest else None)
         self.model.to(self.device)
         if self.tokenizer.eot_id is None:
             raise UserError(f"the tokenizer in {folder} has no end-of-text token, which a response would end with")
@@ -181,7 +187,7 @@ class InstructionTuning(Task[Batch]):
         )
         self.data = PackedExamples(self.prepared.examples, block_size, config.seed)
         self.val_data = PackedExamples(self.prepared_val.examples, block_size, config.seed)
-        settled = settle(config, self.data.rows(), config.batch_size * block_size, width, trains_all=True)
+        settled = settle(config, self.data.rows(), config.batch_size * block_size, width, trains_all=not self.base)
         self.config = replace(settled, block_size=block_size)
 
     def next_batch(self) -> Batch:
@@ -211,7 +217,10 @@ class InstructionTuning(Task[Batch]):
         self.data.load_state_dict(state)
 
     def write_model(self, folder: Path) -> None:
-        self.model.save_pretrained(folder, self.tokenizer.eot_id)
+        if self.base:
+            save_adapter(self.model, folder, self.base)
+        else:
+            self.model.save_pretrained(folder, self.tokenizer.eot_id)
         self.tokenizer.save_pretrained(folder)
 
     def describe(self) -> str:

@@ -195,7 +195,7 @@ def test_an_interrupt_stops_the_answer_and_not_the_program(model, tokenizer, say
     assert [m["content"] for m in chat.turns][2:] == ["Hi again", "Ho"]
     assert 0 < len(chat.turns[1]["content"]) < len("Ada sees a cat.")
     assert "Ada sees a cat.".startswith(chat.turns[1]["content"])
-    assert talk(chat, KeyboardInterrupt, "/exit") == ("", ["(/exit or Ctrl-D leaves)"])
+    assert talk(chat, KeyboardInterrupt, "/exit") == ("\n", ["(/exit or Ctrl-D leaves)"])
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ import transformers
 from fastgpt import GPT, GPTConfig, Tokenizer, UserError
 from fastgpt.finetune.dialogues import read_dialogues
 from fastgpt.finetune.instruct import InstructConfig, InstructionTuning, finetune_instruct, prepare
+from fastgpt.model.adapter import save_adapter
+from fastgpt.model.lora import apply_lora
 from fastgpt.template import ALPACA, CHATML, encode_dialogue, encode_prompt
 from fastgpt.train.metrics import read_metrics
 
@@ -65,6 +67,7 @@ def run(base, data, tmp_path_factory):
         template="chatml",
         epochs=60,
         batch_size=1,
+        eval_interval=10,
         lr=5e-3,
         precision="fp32",
     )
@@ -90,6 +93,25 @@ def test_transformers_says_the_same(run):
         new = model.generate(**ids, max_new_tokens=30, do_sample=False, pad_token_id=0)[0, ids["input_ids"].size(1) :]
         assert new[-1] == tokenizer.eos_token_id  # the end token is learnt
         assert tokenizer.decode(new[:-1]) == answer + "<|im_end|>"
+
+
+def test_an_adapter_learns_it_too_and_peft_opens_it(cli, base, data, tmp_path):
+    out = tmp_path / "run"
+    args = ["--lora-rank", 8, "--epochs", 30, "--lr", 0.02, "--eval-interval", 20]
+    before = (base / "model.safetensors").read_bytes()
+    code, text, err = cli(*options(base, data, out, *args))
+    assert code == 0, err
+    for question, answer in ANSWERS.items():
+        assert f": {question}\n  expected: {answer}\n  model:    {answer}\n" in text
+    assert (base / "model.safetensors").read_bytes() == before
+    assert not (out / "model/model.safetensors").exists()
+    assert json.loads((out / "model/adapter_config.json").read_text())["lora_alpha"] == 16
+    peft = pytest.importorskip("peft")
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(out / "model")
+    ids = torch.tensor([encode_prompt(Tokenizer.from_pretrained(out / "model"), dialogue("Who hides?", "")[:1])])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, GPT.from_pretrained(out)(ids), rtol=0, atol=1e-4)
+    assert transformers.AutoTokenizer.from_pretrained(out / "model").chat_template == CHATML
 
 
 def test_a_run_folder_holds_the_best_model_with_its_template(run):
@@ -125,16 +147,16 @@ def test_from_the_command_line_with_held_out_dialogues(cli, base, tmp_path):
     assert f"fastgpt chat --model {out}" in text
 
 
-def test_resumed_it_goes_on_as_if_it_had_not_stopped(cli, base, data, tmp_path):
-    steps = ["--eval-interval", 3, "--save-interval", 2]
-    assert cli(*options(base, data, tmp_path / "whole", *steps, "--max-steps", 6))[0] == 0
-    assert cli(*options(base, data, tmp_path / "parts", *steps, "--max-steps", 6))[0] == 0
+@pytest.mark.parametrize("more", [[], ["--lora-rank", 4, "--lora-dropout", 0.2]], ids=["all", "lora"])
+def test_resumed_it_goes_on_as_if_it_had_not_stopped(cli, base, data, tmp_path, more):
+    steps = ["--eval-interval", 3, "--save-interval", 4, "--max-steps", 6]
+    assert cli(*options(base, data, tmp_path / "whole", *steps, *more))[0] == 0
     whole = read_metrics(tmp_path / "whole/metrics.jsonl")
-    for step in (3, 6):
-        shutil.rmtree(tmp_path / f"parts/checkpoints/step_{step}", ignore_errors=True)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts/checkpoints/step_6")
     code, text, err = cli("finetune", "instruct", "--out", tmp_path / "parts", "--resume")
     assert code == 0, err
-    assert "resumed from" in text
+    assert "step_4" in text
     parts = read_metrics(tmp_path / "parts/metrics.jsonl")
     assert [r["loss"] for r in parts if "loss" in r] == [r["loss"] for r in whole if "loss" in r]
     assert [r["val_loss"] for r in parts if "val_loss" in r] == [r["val_loss"] for r in whole if "val_loss" in r]
@@ -261,4 +283,9 @@ def test_bad_input_gives_one_line(refused, base, data, tmp_path):
     assert "has no end-of-text token" in line(base=own)
     Tokenizer.train(["abc " * 10], vocab_size=257).save_pretrained(own)
     assert "has 257 ids, the model 320" in line(base=own)
+    adapter = tmp_path / "adapter"
+    model = GPT.from_pretrained(base)
+    apply_lora(model)
+    save_adapter(model, adapter, base)
+    assert "is an adapter, not a whole model: `fastgpt merge` it" in line(base=adapter)
     assert not out.exists()
