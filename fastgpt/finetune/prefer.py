@@ -28,14 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.errors import UserError
-from fastgpt.finetune.config import FinetuneConfig, default_lr, load_base, settle
+from fastgpt.finetune.config import FinetuneConfig, adapt, default_lr, load_base, settle
 from fastgpt.finetune.dialogues import read_records, to_dialogue
 from fastgpt.finetune.instruct import pick_template
 from fastgpt.finetune.packing import Example
 from fastgpt.model import GPT
-from fastgpt.model.adapter import load_adapter, save_adapter
-from fastgpt.model.hub import is_adapter
-from fastgpt.model.lora import apply_lora
+from fastgpt.model.adapter import save_adapter
 from fastgpt.template import Message, encode_dialogue
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train import Task, Trainer, TrainResult, autocast, explained_run, open_run, pick_device, publish_best
@@ -248,37 +246,30 @@ class PreferenceTuning(Task[list[int]]):
             raise UserError(f"{config.data} has too few pairs to hold some out: it has {len(preferences)}")
         torch.manual_seed(config.seed)
         self.model: GPT
-        # An adapter's checkpoint holds the adapter alone, which is loaded below.
+        # A checkpoint of all weights is a model itself; one of adapters needs its base.
         start = replace(config, model=latest[1]) if latest and not config.lora_rank else config
-        self.model, self.tokenizer, self.base = load_base(start)
-        if is_adapter(self.base):
-            raise UserError(
-                f"{self.base} is an adapter: make it a whole model with `fastgpt merge`, and start from that"
-            )
+        self.model, self.tokenizer, folder = load_base(start)
+        self.model.set_dropout(0.0)
+        self.base = folder if config.lora_rank else None
+        if self.base:
+            adapt(self.model, config, latest[1] if latest else None)
+        self.model.to(self.device)
         if self.tokenizer.eot_id is None:
-            raise UserError(f"the tokenizer in {self.base} has no end-of-text token, which an answer would end with")
-        self.tokenizer.chat_template = pick_template(self.tokenizer, config.template, self.base)
+            raise UserError(f"the tokenizer in {folder} has no end-of-text token, which an answer would end with")
+        self.tokenizer.chat_template = pick_template(self.tokenizer, config.template, folder)
         width, limit = self.model.config.n_embd, self.model.config.n_positions
         block_size = config.block_size or limit
         if block_size > limit:
-            raise UserError(f"--block-size {block_size} is more than the {limit} positions of {self.base}")
+            raise UserError(f"--block-size {block_size} is more than the {limit} positions of {folder}")
         self.val_pairs, self.pairs = (
             prepare(self.tokenizer, [preferences[i] for i in sorted(part)], block_size)
             for part in (order[:held_out], order[held_out:])
         )
-        if latest is None:
-            if config.lora_rank:
-                alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
-                apply_lora(self.model, config.lora_rank, alpha, dropout=config.lora_dropout)
-        elif config.lora_rank:
-            load_adapter(self.model, latest[1])
-        self.model.set_dropout(0.0)
-        self.model.to(self.device)
         lengths = [a.length + b.length for a, b in self.pairs.examples]
         tokens = round(config.batch_size * sum(lengths) / len(lengths))
         if config.lr is None:
-            config = replace(config, lr=default_lr(width, trains_all=not config.lora_rank) / 10)
-        settled = settle(config, len(lengths), tokens, width, trains_all=not config.lora_rank)
+            config = replace(config, lr=default_lr(width, trains_all=not self.base) / 10)
+        settled = settle(config, len(lengths), tokens, width, trains_all=not self.base)
         self.config = replace(settled, block_size=block_size)
         self.epoch = self.position = 0
         self.since = torch.zeros(3, dtype=torch.float64)  # the last validation: pairs, right ones, sum of margins
@@ -363,7 +354,7 @@ class PreferenceTuning(Task[list[int]]):
         self.reference, self.val_reference = (state[n].to(self.device) for n in ("reference", "val_reference"))
 
     def write_model(self, folder: Path) -> None:
-        if self.config.lora_rank:
+        if self.base:
             save_adapter(self.model, folder, self.base)
         else:
             self.model.save_pretrained(folder, self.tokenizer.eot_id)

@@ -288,7 +288,7 @@ def test_bad_input_gives_one_line(refused, cli, base, data, tmp_path):
     other = tmp_path / "other"
     fast = ["--max-steps", 1, "--lora-rank", 2, "--precision", "fp32"]
     assert cli("finetune", "prefer", "--model", base, "--data", data, "--out", other, *fast)[0] == 0
-    assert "is an adapter: make it a whole model with `fastgpt merge`" in line(base=other)
+    assert "is an adapter, not a whole model" in line(base=other)
     less = write(tmp_path / "less.jsonl", PAIRS[:8])
     copy = tmp_path / "copy.jsonl"
     shutil.copyfile(data, copy)
