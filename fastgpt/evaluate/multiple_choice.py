@@ -12,8 +12,8 @@ Texts are made as EleutherAI's lm-evaluation-harness makes them, with no example
                 A. {first}\\nB. {second}\\n...\\nAnswer:"; the choices are the letters, of one byte each, so that
                 raw and normalized agree.
 
-A space stands between context and choice. The harness divides by characters where this divides by bytes of UTF-8, as
-its documentation says; in English the two differ by little.
+A space stands between context and choice. The harness divides by characters where this divides by bytes of UTF-8,
+which are the same in plain English.
 """
 
 import math

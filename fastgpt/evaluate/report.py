@@ -24,6 +24,8 @@ def markdown(results: dict[str, Any]) -> str:
     """The page, from what eval.json holds."""
     parts = [f"# Evaluation of {_inline(results['model'])}"]
     parts.append(f"{results['date']}, fastgpt {results['fastgpt']}, torch {results['torch']}, on {results['device']}.")
+    if results["limit"] is not None:
+        parts.append(f"Of each file of questions or instructions, the first {results['limit']:,} at the most.")
     if p := results.get("perplexity"):
         parts += ["## Perplexity", _table(*_perplexity(p))]
     if choices := results.get("choices"):

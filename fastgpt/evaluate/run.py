@@ -114,6 +114,7 @@ def evaluate(
         "fastgpt": fastgpt.__version__,
         "torch": torch.__version__,
         "device": str(device),
+        "limit": c.limit,
     }
 
     def done(part: str, found: dict[str, Any]) -> None:
@@ -134,7 +135,13 @@ def evaluate(
         template = TEMPLATES[c.template] if c.template else None
         new_tokens = min(c.max_new_tokens, model.config.n_positions // 2)
         items, cut = respond(model, tokenizer, dialogues, new_tokens, template, c.batch_size, progress)
-        results["responses"] = {"file": str(c.responses), "max_new_tokens": new_tokens, "cut": cut, **score(items)}
+        results["responses"] = {
+            "file": str(c.responses),
+            "template": c.template or "tokenizer",
+            "max_new_tokens": new_tokens,
+            "cut": cut,
+            **score(items),
+        }
         done("responses", results["responses"])
         if judge is not None:
             results["responses"] |= judge_responses(judge, items)

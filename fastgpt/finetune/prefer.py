@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt import ops
 from fastgpt.errors import UserError
 from fastgpt.finetune.config import FinetuneConfig, adapt, default_lr, load_base, settle
 from fastgpt.finetune.dialogues import read_records, to_dialogue
@@ -161,13 +162,18 @@ def sequence_log_probs(model: GPT, examples: Sequence[Example]) -> Tensor:
     All of them stand in one row, as documents that do not see each other: no padding, whatever their lengths.
     """
     device = model.classifier.device
-    lengths = [example.length for example in examples]
-    ids = torch.tensor([i for e in examples for i in e.ids[:-1]])
-    wanted = torch.tensor([i if t else -100 for e in examples for i, t in zip(e.ids[1:], e.trained[1:], strict=True)])
-    boundaries = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
-    ids, wanted, boundaries = ids[None].to(device), wanted[None].to(device), boundaries.to(device)  # (1, tokens) each
-    losses = model.loss(ids, wanted, "none", boundaries)[0]  # (tokens,)
-    return -torch.stack([part.sum() for part in losses.split(lengths)])
+    ids = [i for e in examples for i in e.ids[:-1]]
+    wanted = [i if t else -100 for e in examples for i, t in zip(e.ids[1:], e.trained[1:], strict=True)]
+    places = [n for n, i in enumerate(wanted) if i != -100]  # logits are made for these only
+    boundaries = torch.tensor(np.cumsum([0, *(e.length for e in examples)]), dtype=torch.int32)
+    hidden = model.hidden(torch.tensor([ids], device=device), boundaries.to(device))[0]  # (tokens, C)
+    losses = ops.linear_cross_entropy(
+        hidden[torch.tensor(places, device=device)],
+        model.classifier[: model.config.vocab_size],
+        torch.tensor([wanted[n] for n in places], device=device),
+        reduction="none",
+    )
+    return -torch.stack([part.sum() for part in losses.split([sum(e.trained[1:]) for e in examples])])
 
 
 @dataclass

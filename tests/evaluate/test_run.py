@@ -133,7 +133,7 @@ def test_what_a_model_says_cannot_break_the_page(taught):
     item = {"prompt": "```\n# not a title", "expected": "a|b", "answer": "````", "exact_match": False, "rouge_l": 0.0}
     page = markdown(
         {
-            "model": "a|b", "date": "d", "fastgpt": "1", "torch": "2", "device": "cpu",
+            "model": "a|b", "date": "d", "fastgpt": "1", "torch": "2", "device": "cpu", "limit": 7,
             "responses": {"file": "a|b", "count": 1, "exact_match": 0, "rouge_l": 0, "cut": 1, "items": [item]},
         }
     )  # fmt: skip
@@ -141,6 +141,7 @@ def test_what_a_model_says_cannot_break_the_page(taught):
     assert "`````text\n````\n`````\n" in page
     assert "| a\\|b | 1 | 0.0 | 0.0 |" in page
     assert "1 of 1 prompts were too long" in page
+    assert "the first 7 at the most" in page
 
 
 def test_bad_input_gives_one_line(refused, taught, shards, arc, instructions, tmp_path):
