@@ -205,14 +205,15 @@ def converse(chat: Chat, read: Callable[[], str], write: Callable[[str], object]
             line = read().strip()
             if line == "/exit":
                 return
-            _obey(chat, line, write, say)
+            try:
+                _obey(chat, line, write, say)
+            except UserError as error:
+                say(f"({error})")
         except EOFError:
             return
         except KeyboardInterrupt:  # while nothing is being answered
             write("\n")
             say("(/exit or Ctrl-D leaves)")
-        except UserError as error:
-            say(f"({error})")
 
 
 def _obey(chat: Chat, line: str, write: Callable[[str], object], say: Callable[[str], object]) -> None:

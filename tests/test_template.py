@@ -10,7 +10,7 @@ from fastgpt import GPT, GPTConfig, Tokenizer, UserError
 from fastgpt.template import ALPACA, CHATML, INPUT, encode_dialogue, encode_prompt, render
 
 # Without {% generation %}: what the responses are must be found by rendering prefixes.
-PLAIN = r"""{{ bos_token }}{% for message in messages %}
+PLAIN = r"""{{ bos_token }}{{ strftime_now('%Y') }}{{ tools is none }}{% for message in messages %}
     {% if message['role'] == 'user' %}
 [INST] {{ message['content'] | trim }} [/INST]
     {%- elif message['role'] == 'assistant' %}

@@ -133,6 +133,14 @@ def test_a_message_that_does_not_fit_is_said_and_forgotten(model, tokenizer, say
     assert [m["content"] for m in chat.turns] == ["Hi", "Ho"]
 
 
+def test_a_long_message_may_take_the_answers_room(model, tokenizer, says):
+    prompts = says("Ho<|im_end|>", "Ho<|im_end|>")
+    chat = Chat(model, tokenizer)
+    assert talk(chat, "Hi", "x" * 150)[0] == "Ho\nHo\n"
+    assert 192 - 48 < len(prompts[1]) < 192
+    assert "Hi" not in tokenizer.decode(prompts[1])
+
+
 def test_commands(model, tokenizer, says, tmp_path):
     says("Ho<|im_end|>", "Ha<|im_end|>", "He<|im_end|>")
     chat = Chat(model, tokenizer, system="Be brief")
