@@ -7,11 +7,16 @@ from fastgpt.cli.train import exit_as, parse_run
 from fastgpt.finetune.classify import ClassifyConfig
 from fastgpt.finetune.classify import classify as finetune_classify
 from fastgpt.finetune.instruct import InstructConfig, finetune_instruct
+from fastgpt.finetune.prefer import PreferConfig, finetune_prefer
 from fastgpt.finetune.scores import Scores
 
 
 def instruct(argv: list[str]) -> None:
     exit_as(finetune_instruct(parse_run(InstructConfig, argv)))
+
+
+def prefer(argv: list[str]) -> None:
+    exit_as(finetune_prefer(parse_run(PreferConfig, argv)))
 
 
 def classify(argv: list[str]) -> None:
