@@ -12,11 +12,10 @@ from torch import Tensor
 
 from fastgpt.errors import UserError
 from fastgpt.files import atomic_write
-from fastgpt.finetune.config import FinetuneConfig, load_base, settle
+from fastgpt.finetune.config import FinetuneConfig, adapt, load_base, settle
 from fastgpt.finetune.labelled import Example, balance, class_counts, divide, read_labelled
 from fastgpt.finetune.scores import Scores, draw_scores, score
 from fastgpt.model.classifier import Classes, GPTClassifier, Pooling
-from fastgpt.model.lora import apply_lora
 from fastgpt.train import Task, Trainer, TrainResult, explained_run, open_run, pick_device, publish_best
 
 # Batches are filled from so many batches' examples, in the order of their lengths: little is padding.
@@ -61,17 +60,22 @@ class ClassifyConfig(FinetuneConfig):
     """Stop after so many validations (two an epoch) without a more accurate one."""
 
     command: ClassVar[str] = "finetune classify"
+    adapters_by: ClassVar[str] = "with --train lora"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least(1, "max_length")
         self._share("dropout", "val_fraction", "test_fraction")
-        if self.train == "lora":
+        if self.trains_adapters:
             self._at_least(1, "lora_rank")
         if self.val_fraction + self.test_fraction >= 1 or self.val_fraction == 0:
             raise UserError("--val-fraction must be above 0, and with --test-fraction below 1: something must be left")
         if self.test_fraction == 0 and self.test_data is None:
             raise UserError("--test-fraction is 0: give a --test-data file to test on instead")
+
+    @property
+    def trains_adapters(self) -> bool:
+        return self.train == "lora"
 
 
 Batch = tuple[Tensor, Tensor, Tensor]  # ids (B, T), lengths (B,), classes (B,)
@@ -98,9 +102,8 @@ class Classification(Task[Batch]):
         self.model = GPTClassifier(
             gpt.config, Classes(labels, self.tokenizer.eot_id, config.pooling), gpt.transformer
         ).to(self.device)
-        if config.train == "lora":
-            alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
-            apply_lora(self.model, config.lora_rank, alpha, dropout=config.lora_dropout)
+        if config.trains_adapters:
+            adapt(self.model, config)
             self.model.score.requires_grad_(True)
         elif config.train == "last-block":
             self.model.requires_grad_(False)

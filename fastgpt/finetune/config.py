@@ -3,7 +3,9 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Literal, TypeVar
+
+from torch import nn
 
 from fastgpt.errors import UserError
 from fastgpt.model import GPT
@@ -11,7 +13,7 @@ from fastgpt.model.adapter import load_adapter
 from fastgpt.model.hub import is_adapter, resolve_model_folder
 from fastgpt.model.lora import apply_lora
 from fastgpt.tokenizer import Tokenizer
-from fastgpt.train import RunConfig, pick_device, pick_precision
+from fastgpt.train import RunConfig, option, pick_device, pick_precision
 
 Config = TypeVar("Config", bound="FinetuneConfig")
 
@@ -32,23 +34,37 @@ class FinetuneConfig(RunConfig):
     """The adapters' scaling is this over the rank; twice the rank if not given."""
     lora_dropout: float = 0.0
     """Dropout on the adapters' input."""
+    use_rslora: bool = False
+    """Scale the adapters by alpha over the root of their rank, which suits large ranks (rsLoRA)."""
+    use_dora: bool = False
+    """Learn the length of each row of the adapted weights apart from its direction (DoRA)."""
+    quantize: Literal["nf4"] | None = None
+    """Hold the weights that adapters are on in 4 bits while they train (QLoRA)."""
     patience: int | None = None
     """Stop after so many validations without a better one."""
     weight_decay: float = 0.01
     """Decoupled decay, on matrices only: not on biases or norms."""
 
     changeable: ClassVar[set[str]] = RunConfig.changeable | {"epochs", "patience"}
+    adapters_by: ClassVar[str] = "with --lora-rank 16"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least(0, "lora_rank", "lora_alpha")
         self._at_least(1, "patience")
         self._share("lora_dropout")
+        adapter_options = ("use_rslora", "use_dora", "quantize")
+        if not self.trains_adapters and (given := [name for name in adapter_options if getattr(self, name)]):
+            raise UserError(f"{option(given[0])} is of adapters: train them {self.adapters_by}, or leave it out")
         if not self.epochs > 0:
             raise UserError(f"--epochs must be above 0, got {self.epochs}")
         for name in ("model", "data"):
             if getattr(self, name) is None:
                 raise UserError(f"--{name} is missing: name {'a model folder' if name == 'model' else 'a file'}")
+
+    @property
+    def trains_adapters(self) -> bool:
+        return self.lora_rank > 0
 
 
 def load_base(config: FinetuneConfig) -> tuple[GPT, Tokenizer, Path]:
@@ -71,13 +87,21 @@ def load_base(config: FinetuneConfig) -> tuple[GPT, Tokenizer, Path]:
     return model, tokenizer, folder
 
 
-def adapt(model: GPT, config: FinetuneConfig, checkpoint: Path | None) -> None:
-    """With --lora-rank, freezes the model and gives it the adapter that trains: a checkpoint's, or a new one."""
+def adapt(model: nn.Module, config: FinetuneConfig, checkpoint: Path | None = None) -> None:
+    """Freezes the model and gives it the adapter that trains: a checkpoint's, or a new one."""
     if checkpoint is not None:
-        load_adapter(model, checkpoint)
-    else:
-        alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
-        apply_lora(model, config.lora_rank, alpha, dropout=config.lora_dropout)
+        load_adapter(model, checkpoint, quantize=config.quantize)
+        return
+    alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    apply_lora(
+        model,
+        config.lora_rank,
+        alpha,
+        dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        quantize=config.quantize,
+    )
 
 
 def default_lr(width: int, trains_all: bool) -> float:

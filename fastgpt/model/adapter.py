@@ -9,7 +9,7 @@ adapter's tensors are not transposed.
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -136,8 +136,14 @@ def _file_name(parameter: str) -> str:
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
+def load_adapter(
+    model: nn.Module, folder: str | Path, name: str = "default", quantize: Literal["nf4"] | None = None
+) -> None:
     """Reads a PEFT folder of LoRA adapters into the model, where it becomes the active one, as after `apply_lora`.
+
+    Args:
+        name: to switch by, where a model has several.
+        quantize: "nf4" holds the weights of the layers that it adapts in 4 bits, as `apply_lora` does.
 
     Raises:
         UserError: something is missing, damaged, not computed here, or made for another base (names the tensor and
@@ -179,7 +185,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
             f"{path}: the tensor {strange[0]} of shape {tuple(tensors[strange[0]].shape)}{more} has no place: this "
             f"base of {blocks} blocks and {ADAPTER_CONFIG} ask for none of that name"
         )
-    for layer, part in add_adapter(model, config, name).items():
+    for layer, part in add_adapter(model, config, name, quantize is not None).items():
         for end, parameter in part.named_parameters():
             parameter.copy_(tensors[f"{PREFIX}{layer}.{_file_name(end)}"])
 

@@ -1,6 +1,6 @@
 """Training: the trainer, what every run is configured by, optimizer, schedule, checkpoints; and pre-training on it."""
 
-from fastgpt.train.config import RunConfig, TrainConfig
+from fastgpt.train.config import RunConfig, TrainConfig, option
 from fastgpt.train.optimizer import AdamW, build_optimizer
 from fastgpt.train.pretrain import train, validation_loss
 from fastgpt.train.schedule import cosine_lr
@@ -28,6 +28,7 @@ __all__ = [
     "cosine_lr",
     "explained_run",
     "open_run",
+    "option",
     "pick_device",
     "pick_precision",
     "publish_best",

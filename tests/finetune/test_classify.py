@@ -178,4 +178,5 @@ def test_bad_input_gives_one_line(base, table, tmp_path, refused):
     assert "something must be left" in line(val_fraction=0.5, test_fraction=0.5)
     assert "--epochs must be above 0" in line(epochs=0)
     assert "--lora-rank must be at least 1" in line(train="lora", lora_rank=0)
+    assert "--quantize is of adapters: train them with --train lora, or leave it out" in line(quantize="nf4")
     assert not out.exists()

@@ -156,7 +156,12 @@ def test_from_the_command_line_with_held_out_dialogues(cli, base, tmp_path):
     assert f"fastgpt chat --model {out}" in text
 
 
-@pytest.mark.parametrize("more", [[], ["--lora-rank", 4, "--lora-dropout", 0.2]], ids=["all", "lora"])
+LORA = ["--lora-rank", 4, "--lora-dropout", 0.2]
+
+
+@pytest.mark.parametrize(
+    "more", [[], LORA, [*LORA, "--quantize", "nf4", "--use-dora", "--use-rslora"]], ids=["all", "lora", "qdora"]
+)
 def test_resumed_it_goes_on_as_if_it_had_not_stopped(cli, base, data, tmp_path, more):
     steps = ["--eval-interval", 3, "--save-interval", 4, "--max-steps", 6]
     assert cli(*options(base, data, tmp_path / "whole", *steps, *more))[0] == 0
