@@ -312,24 +312,34 @@ def lora_linear(where: Where) -> Iterator[Case]:
         library = [Contender("frozen F.linear alone", F.linear, args[:3])]
         if peft is not None:
             library.append(Contender("PEFT", lambda x, *_, layer=peft: layer(x), (args[0], *peft.parameters())))
-        yield Case(
-            f"{rows} x {n_in} -> {n_out}, r={rank}",
-            rows,
-            "rows",
-            {  # W and b are frozen: backward has one product of full size, for x
-                "forward": Work(x + w + y, product + adapter),
-                "backward": Work(2 * x + w + y, product + 2 * adapter),
-                "both": Work(3 * x + 2 * w + 2 * y, 2 * product + 3 * adapter),
-            },
-            args,
-            ours,
-            reference,
-            library,
-            target=target,
-            headline=("both",) if where.device == "cpu" else ("forward", "backward"),
-            series=f"{n_in} -> {n_out}, r={rank}",
-            notes=[] if peft is not None else ["PEFT's layer is left out: peft is not installed"],
-        )
+        held = ops.quantize_nf4(weight)
+        four = (args[0], held, *args[2:])
+        whole = [Contender("whole weight", ours, args)]
+        missing = [] if peft is not None else ["PEFT's layer is left out: peft is not installed"]
+        kinds = [(args, w, "", library, missing), (four, _nbytes(held), ", NF4", whole, [])]
+        for arguments, frozen, kind, others, notes in kinds[: 2 if target else 1]:
+            yield Case(
+                f"{rows} x {n_in} -> {n_out}, r={rank}{kind}",
+                rows,
+                "rows",
+                {  # W and b are frozen: backward has one product of full size, for x
+                    "forward": Work(x + frozen + y, product + adapter),
+                    "backward": Work(2 * x + frozen + y, product + 2 * adapter),
+                    "both": Work(3 * x + 2 * frozen + 2 * y, 2 * product + 3 * adapter),
+                },
+                arguments,
+                ours,
+                reference,
+                others,
+                target=target,
+                headline=("both",) if where.device == "cpu" else ("forward", "backward"),
+                series=f"{n_in} -> {n_out}, r={rank}{kind}",
+                notes=notes,
+            )
+
+
+def _nbytes(held: ops.NF4Weight) -> int:
+    return sum(t.nbytes for t in held.tensors())
 
 
 def _peft(where: Where, weight: Tensor, bias: Tensor, rank: int, scaling: float) -> torch.nn.Module | None:
@@ -343,6 +353,30 @@ def _peft(where: Where, weight: Tensor, bias: Tensor, rank: int, scaling: float)
     config = peft.LoraConfig(r=rank, lora_alpha=int(rank * scaling), target_modules=["0"], init_lora_weights=False)
     layer: torch.nn.Module = peft.inject_adapter_in_model(config, torch.nn.Sequential(base))
     return layer.to(device=where.device, dtype=where.dtype)
+
+
+def dequantize_nf4(where: Where) -> Iterator[Case]:
+    shapes = where.pick(  # a weight's
+        {(3072, 768), (4096, 4096)},
+        quick=[(96, 64)],
+        cpu=[(768, 768), (3072, 768), (4096, 4096)],
+        cuda=[(768, 768), (3072, 768), (4096, 4096)],
+    )
+    ours, reference = _op("dequantize_nf4")
+    for (n_out, n_in), target in shapes:
+        held = ops.quantize_nf4(where.randn(n_out, n_in, std=0.02))
+        result = held.dequantize()
+        yield Case(
+            f"{n_out} x {n_in}",
+            n_out * n_in,
+            "weights",
+            {"forward": Work(_nbytes(held) + result.nbytes)},
+            (held,),
+            ours,
+            reference,
+            [Contender("copy of the result", lambda _, result=result: result.clone())],
+            target=target,
+        )
 
 
 def embedding(where: Where) -> Iterator[Case]:
@@ -447,6 +481,7 @@ KERNELS: dict[str, Callable[[Where], Iterator[Case]]] = {
         attention,
         linear_cross_entropy,
         lora_linear,
+        dequantize_nf4,
         embedding,
         adamw_step,
     )

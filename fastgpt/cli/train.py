@@ -1,23 +1,30 @@
 """fastgpt train"""
 
 from pathlib import Path
+from typing import TypeVar
 
 from fastgpt import train as training
 from fastgpt.cli import parse
-from fastgpt.train import TrainConfig
+from fastgpt.train import RunConfig, TrainConfig
+
+Config = TypeVar("Config", bound=RunConfig)
 
 
 def train(argv: list[str]) -> None:
-    # A resumed run starts from its own config, so that only the options given here change it.
-    default = None
-    if "--resume" in argv and (out := option_value(argv, "--out")):
-        default = TrainConfig.load(Path(out))
-    result = training.train(parse(TrainConfig, "train", argv, default))
+    result = training.train(parse_run(TrainConfig, argv))
     if result.signal:
         raise SystemExit(128 + result.signal)
 
 
-def option_value(argv: list[str], option: str) -> str | None:
+def parse_run(config: type[Config], argv: list[str]) -> Config:
+    """The config by a command line; a resumed run's starts from its own, so that only what is given changes."""
+    default = None
+    if "--resume" in argv and (out := _value(argv, "--out")):
+        default = config.load(Path(out))
+    return parse(config, config.command, argv, default)
+
+
+def _value(argv: list[str], option: str) -> str | None:
     for i, arg in enumerate(argv):
         if arg == option and i + 1 < len(argv):
             return argv[i + 1]

@@ -111,6 +111,15 @@ def read_documents(
                 yield Document(name, text)
 
 
+def read_text_file(path: Path) -> str:
+    """A file's text as it is, line ends included; a .gz's is unpacked.
+
+    Raises:
+        UserError: it cannot be read, or is no UTF-8 text; names the byte.
+    """
+    return _decode(_read_bytes(path), str(path))
+
+
 def _refuse(error: UserError, on_error: str, on_skip: Callable[[str], None] | None) -> None:
     if on_error == "raise":
         raise UserError(f"{error}; mend it, or pass over such files with --on-error skip")

@@ -34,6 +34,7 @@ from fastgpt.model.lora import (
     linear_layers,
     no_such_target,
 )
+from fastgpt.ops import NF4Weight
 
 if TYPE_CHECKING:
     from fastgpt.model.gpt import GPT
@@ -154,7 +155,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     wanted: dict[str, tuple[int, ...]] = {}
     for layer, module in layers.items():
         weight = module.weight
-        assert isinstance(weight, Tensor)
+        assert isinstance(weight, Tensor | NF4Weight)
         out, width = weight.shape
         rank = config.rank_of(layer)
         wanted[f"{PREFIX}{layer}.lora_A.weight"] = (rank, width)
@@ -222,7 +223,7 @@ def read_config(folder: Path) -> LoRAConfig:
             rank_pattern=dict(values.get("rank_pattern") or {}),
             alpha_pattern=dict(values.get("alpha_pattern") or {}),
         )
-    except (TypeError, ValueError, UserError) as error:
+    except (TypeError, ValueError, OverflowError, UserError) as error:
         raise UserError(f"{path}: {error}") from None
 
 

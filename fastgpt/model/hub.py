@@ -21,6 +21,7 @@ from fastgpt.model.config import GPTConfig
 from fastgpt.model.lora import plain_parameters
 
 if TYPE_CHECKING:
+    from fastgpt.model.classifier import GPTClassifier
     from fastgpt.model.gpt import GPT
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -73,9 +74,11 @@ def load_pretrained(cls: "type[GPT]", path: str | Path) -> "GPT":
 
         return load_with_base(cls, folder)
     config = read_config(folder)
-    tensors = _read_weights(folder)
+    tensors = read_weights(folder)
+    if "score.weight" in tensors:
+        raise UserError(f"{folder} is a classifier, which continues no text: ask it with `fastgpt classify`")
     model = cls(config)
-    _fill(model, tensors, folder)
+    fill(model, tensors, folder)
     return model
 
 
@@ -128,7 +131,7 @@ def _download(name: str) -> Path:
         ) from None
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a model folder by name, from whichever of the four layouts it has."""
     name = next((n for n in WEIGHTS if (folder / n).is_file()), None)
     if name is None:
@@ -165,11 +168,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _fill(model: "GPT", tensors: dict[str, Tensor], folder: Path) -> None:
+def fill(model: "GPT | GPTClassifier", tensors: dict[str, Tensor], folder: Path) -> None:
     """Copies the tensors of a file into the model; every one must be there, fit, and have a place."""
     # GPT2Model's own files, the hub's `gpt2` among them, have no prefix.
     given = {
-        n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}": t
+        n if n.startswith(("transformer.", "lm_head.", "score.")) else f"transformer.{n}": t
         for n, t in tensors.items()
         if not n.endswith(BUFFERS)
     }
@@ -202,8 +205,10 @@ def _is_padded(name: str) -> bool:
     return name in ("transformer.wte.weight", "lm_head.weight")
 
 
-def save_pretrained(model: "GPT", folder: Path, eos_token_id: int | None) -> None:
-    """Writes config.json and model.safetensors; each appears whole or not at all."""
+def save_pretrained(
+    model: "GPT | GPTClassifier", folder: Path, eos_token_id: int | None, more: dict[str, Any] | None = None
+) -> None:
+    """Writes config.json, with the fields `more`, and model.safetensors; each appears whole or not at all."""
     tensors = {}
     for name, tensor in plain_parameters(model):
         if _is_padded(name):
@@ -217,7 +222,7 @@ def save_pretrained(model: "GPT", folder: Path, eos_token_id: int | None) -> Non
     # Without these two, transformers takes 50256 for the end of text, which a small vocabulary does not have.
     ends = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    config = {**model.config.to_hf(), **ends, "torch_dtype": dtype}
+    config = {**model.config.to_hf(), **ends, "torch_dtype": dtype, **(more or {})}
     atomic_write(folder / "config.json", json.dumps(config, indent=1) + "\n")
 
 

@@ -12,10 +12,12 @@ from fastgpt.ops.embedding import embedding, embedding_reference
 from fastgpt.ops.layer_norm import layer_norm, layer_norm_reference
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from fastgpt.ops.lora_linear import lora_linear, lora_linear_reference
+from fastgpt.ops.nf4 import NF4Weight, dequantize_nf4, dequantize_nf4_reference, quantize_nf4
 from fastgpt.ops.registry import Implementation, implementations, using
 
 __all__ = [
     "Implementation",
+    "NF4Weight",
     "adamw_step",
     "adamw_step_reference",
     "add_layer_norm",
@@ -26,6 +28,8 @@ __all__ = [
     "bias_gelu_reference",
     "clip_grad_norm",
     "clip_grad_norm_reference",
+    "dequantize_nf4",
+    "dequantize_nf4_reference",
     "embedding",
     "embedding_reference",
     "implementations",
@@ -35,5 +39,6 @@ __all__ = [
     "linear_cross_entropy_reference",
     "lora_linear",
     "lora_linear_reference",
+    "quantize_nf4",
     "using",
 ]

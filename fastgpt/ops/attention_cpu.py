@@ -172,6 +172,7 @@ def _chunks(q: Tensor, k: Tensor, causal: bool, cu_seqlens: Tensor | None) -> tu
     return range(0, B * H, step), step, start, end
 
 
+@torch.autocast("cpu", enabled=False)  # these matmuls are to stay in fp32
 def _dropout_forward(
     q: Tensor,
     k: Tensor,
@@ -196,6 +197,7 @@ def _dropout_forward(
     return out.copy_(outs.view(q.shape)), lse.copy_(lses.view(lse.shape))
 
 
+@torch.autocast("cpu", enabled=False)  # these matmuls are to stay in fp32
 def _dropout_backward(
     dout: Tensor,
     q: Tensor,

@@ -282,20 +282,21 @@ class Trainer:
         others = [f", {name.replace('_', ' ')} {value:.4f}" for name, value in figures.items() if name != "val_loss"]
         log.say(f"step {self.step}: validation loss {figures['val_loss']:.4f}{''.join(others)}")
 
-    def _best(self, log: RunLog) -> int | None:
-        """The step of the best evaluation so far, by metrics.jsonl; the lower loss decides between equals.
+    def _best(self, log: RunLog, ties: bool = True) -> int | None:
+        """The step of the best evaluation so far, by metrics.jsonl.
 
-        The model as it came, at step 0, does not count.
+        Of equals it is the one of the lowest loss, or the first without `ties`. The model as it came, at step 0, does
+        not count.
         """
         if self.task.best_by is None:
             return None
         name, which = self.task.best_by
         sign = 1 if which == "min" else -1
-        found = {r["step"]: (sign * r[name], r["val_loss"]) for r in log.records if name in r and r["step"] > 0}
+        found = {r["step"]: (sign * r[name], r["val_loss"] * ties) for r in log.records if name in r and r["step"] > 0}
         return min(found, key=lambda step: found[step], default=None)
 
     def _patience_is_over(self, log: RunLog) -> bool:
-        best = self._best(log)
+        best = self._best(log, ties=False)
         if self.task.patience is None or best is None:
             return False
         return sum("val_loss" in r and r["step"] > best for r in log.records) >= self.task.patience

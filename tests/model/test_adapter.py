@@ -7,12 +7,14 @@ import pytest
 import torch
 import transformers
 from adapters import KINDS, assert_close, ids, logits, randomize, theirs, with_peft, write_base
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fastgpt import GPT, UserError
-from fastgpt.model.adapter import load_adapter, save_adapter
+from fastgpt import GPT, GPTConfig, Tokenizer, UserError
+from fastgpt.model.adapter import ONLY, READ, load_adapter, read_config, save_adapter
 from fastgpt.model.hub import resolve_model_folder
-from fastgpt.model.lora import adapter_names, apply_lora, merge, set_adapter
+from fastgpt.model.lora import LoRAConfig, adapter_names, apply_lora, merge, set_adapter
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +270,25 @@ def test_fields_that_cannot_be_computed_are_named(folder, fields, words):
     refused(folder, words)
 
 
+WRONG = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(min_value=10**310) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@given(st.dictionaries(st.sampled_from(sorted({*READ, *ONLY, "modules_to_save"})), WRONG, min_size=1, max_size=2))
+def test_any_value_of_a_field_is_read_or_refused_in_one_line(tmp_path_factory, fields):
+    folder = tmp_path_factory.mktemp("any")
+    good = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["c_attn"]}
+    (folder / "adapter_config.json").write_text(json.dumps(good | fields))
+    try:
+        result: LoRAConfig | str = read_config(folder)
+    except UserError as error:
+        result = str(error)
+    assert isinstance(result, LoRAConfig) or "\n" not in result
+
+
 def test_an_adapter_for_another_base_is_refused_with_both_shapes_and_the_model_is_as_it_was(base, folder, tmp_path):
     ours = GPT.from_pretrained(base)
     plain, names = logits(ours), [n for n, _ in ours.named_parameters()]
@@ -304,7 +325,19 @@ def test_an_adapter_for_another_base_is_refused_with_both_shapes_and_the_model_i
     fails("adapter_config.json cannot be read")
 
 
-# fastgpt merge
+# The command line
+
+
+def test_generating_from_an_adapters_folder(cli, tokenizer_dir, tmp_path):
+    tokenizer = Tokenizer.from_pretrained(tokenizer_dir)
+    model = GPT(GPTConfig.preset("micro", vocab_size=tokenizer.vocab_size))
+    model.save_pretrained(tmp_path / "base")
+    apply_lora(model)
+    save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    code, out, _ = cli("generate", "--model", tmp_path / "adapter", "--prompt", "Ada", "--max-new-tokens", 3)
+    assert code == 0
+    assert out.startswith("Ada")
 
 
 def test_merge_writes_a_whole_folder(cli, base, folder, tokenizer_dir, tmp_path):

@@ -1,13 +1,23 @@
 import copy
+import weakref
 
 import pytest
 import torch
 from adapters import KINDS, SHAPE, assert_close, ids, logits, randomize, with_peft, write_base
 from torch import nn
 
-from fastgpt import GPT, GPTConfig, UserError
-from fastgpt.model.adapter import load_adapter
-from fastgpt.model.lora import LoRALinear, adapter_names, apply_lora, merge, set_adapter, unmerge
+from fastgpt import GPT, GPTConfig, UserError, ops
+from fastgpt.model.adapter import load_adapter, save_adapter
+from fastgpt.model.lora import (
+    LoRALinear,
+    adapted_layers,
+    adapter_names,
+    apply_lora,
+    linear_layers,
+    merge,
+    set_adapter,
+    unmerge,
+)
 from fastgpt.train import build_optimizer
 
 CONFIG = GPTConfig(**SHAPE)
@@ -303,3 +313,139 @@ def test_while_one_is_merged(base):
 
 def apply_lora_as_b(model):
     apply_lora(model, name="b")
+
+
+# A base in 4 bits
+
+
+def quantized(base, **options):
+    """(a model in 4 bits with an adapter of random numbers, one whose weights are those 4 bits made whole)"""
+    held = adapted(base, quantize="nf4", **options)
+    whole = GPT.from_pretrained(base)
+    with torch.no_grad():
+        for name, layer in adapted_layers(held).items():
+            whole.get_submodule(name).weight.copy_(layer.whole_weight())
+    apply_lora(whole, **options)
+    randomize(whole)
+    for p, q in zip(trained(held).values(), trained(whole).values(), strict=True):
+        q.data.copy_(p)
+    return held, whole
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3}, {"use_dora": True}, {"use_dora": True, "dropout": 0.3}])
+def test_4_bits_train_as_their_whole_weights(base, options):
+    """To the bit, but for DoRA with dropout, where another op multiplies by the base's weight."""
+    held, whole = quantized(base, **options)
+    found = []
+    for model in (held, whole):
+        torch.manual_seed(5)
+        loss = model.train().loss(ids(1), ids(2))
+        loss.backward()
+        found.append({"loss": loss.detach(), **{name: p.grad for name, p in trained(model).items()}})
+    assert len(found[0]) == 1 + 8 * (3 if "use_dora" in options else 2)
+    for name, want in found[1].items():
+        if len(options) == 2:
+            assert_close(found[0][name], want, atol=1e-5)
+        else:
+            assert torch.equal(found[0][name], want), name
+
+
+def test_4_bits_beside_which_the_loss_falls(model):
+    plain = logits(model)
+    apply_lora(model, quantize="nf4")
+    assert 0 < (logits(model) - plain).square().mean().sqrt() < 0.15 * plain.std()
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    optimizer = build_optimizer(model, lr=1e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(12):
+        loss = model.loss(ids(1), ids(2))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (".adapters." not in name), name
+
+
+@pytest.mark.parametrize("active", ["default", None])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True, "dropout": 0.3}])
+def test_nothing_as_large_as_a_weight_is_saved_for_backward(base, options, active):
+    torch.manual_seed(0)
+    layer = nn.Module()
+    layer.transformer = nn.Module()
+    layer.transformer.h = nn.ModuleList([nn.ModuleDict({"mlp": nn.Linear(64, 96)})])
+    apply_lora(layer, targets=("mlp",), rank=2, quantize="nf4", **options)
+    set_adapter(layer, active)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer.transformer.h[0]["mlp"](torch.randn(3, 64, requires_grad=True)).sum().backward()
+    assert saved
+    assert max(t.numel() for t in saved) < 64 * 96
+
+
+def test_merge_and_unmerge_of_4_bits(base, tmp_path):
+    model, whole = quantized(base)
+    before, weights = logits(model), copy.deepcopy(model.state_dict())
+    merge(model)
+    merge(whole)
+    assert torch.equal(logits(model), logits(whole))
+    assert_close(logits(model), before)
+    model.save_pretrained(tmp_path / "merged")
+    unmerge(model)
+    assert torch.equal(logits(model), before)
+    assert all(torch.equal(t, weights[n]) for n, t in model.state_dict().items())
+    model.save_pretrained(tmp_path / "unmerged")
+    set_adapter(model, None)
+    model.save_pretrained(tmp_path / "base")
+    for folder, expected in (("merged", logits(whole)), ("unmerged", logits(whole)), ("base", logits(model))):
+        assert torch.equal(logits(GPT.from_pretrained(tmp_path / folder)), expected)
+
+
+def test_an_adapter_beside_4_bits_is_saved_as_any_other(base, tmp_path):
+    model = adapted(base, quantize="nf4")
+    save_adapter(model, tmp_path, base)
+    plain, loaded = GPT.from_pretrained(base).state_dict(), GPT.from_pretrained(tmp_path).state_dict()
+    numbers = {name: p.detach() for name, p in trained(model).items()}
+    assert all(torch.equal(t, numbers[n] if n in numbers else plain[n]) for n, t in loaded.items())
+    other = GPT.from_pretrained(base)
+    apply_lora(other, quantize="nf4", name="first")
+    load_adapter(other, tmp_path)
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_layers_are_quantized_one_by_one_and_their_weights_let_go(model, monkeypatch):
+    paths = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("transformer.h.")]
+    weights = [weakref.ref(model.get_submodule(path).weight) for path in paths]
+    alive, quantize = [], ops.quantize_nf4
+
+    def counted(weight):
+        alive.append(sum(w() is not None for w in weights))
+        return quantize(weight)
+
+    monkeypatch.setattr(ops, "quantize_nf4", counted)
+    apply_lora(model, quantize="nf4")
+    assert alive == list(range(len(paths), 0, -1))
+    assert not any(w() is not None for w in weights)
+
+
+def test_gpt2s_projections_take_an_eighth_of_their_bytes():
+    """A block of GPT-2 124M has 7,077,888 weights in its four projections: 28.3 MB in float32, 3.65 MB in 4 bits."""
+    model = GPT(GPTConfig(vocab_size=8, n_positions=4, n_embd=768, n_layer=1, n_head=12))
+    count = sum(layer.weight.numel() for layer in linear_layers(model).values())
+    assert count == 7_077_888
+    apply_lora(model, quantize="nf4")
+    held = sum(t.nbytes for layer in adapted_layers(model).values() for t in layer.weight.tensors())
+    assert held * 8 / count == pytest.approx(4.127, abs=1e-3)
+    assert held == 3_651_280
+
+
+def test_what_cannot_be_quantized(model):
+    with pytest.raises(UserError, match="weights can be quantized to 'nf4' only, got 'int8'"):
+        apply_lora(model, quantize="int8")
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[3, 4] = torch.nan
+    with pytest.raises(UserError, match=r"^transformer.h.1.mlp.c_fc.weight has numbers that are infinite, NaN"):
+        apply_lora(model, quantize="nf4")
+    assert not adapted_layers(model)

@@ -37,16 +37,15 @@ def rows(tensor: Tensor, layout: str) -> Tensor:
     """The same values as `tensor` with other strides."""
     if layout == "contiguous" or tensor.dim() == 0:
         return tensor
+    filler = torch.nan if tensor.is_floating_point() else 7
     if layout == "strided":  # every other element of a buffer twice as wide
-        wide = torch.full(
-            (*tensor.shape[:-1], tensor.shape[-1] * 2), torch.nan, dtype=tensor.dtype, device=tensor.device
-        )
+        wide = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] * 2), filler)
         wide[..., ::2] = tensor
         return wide[..., ::2]
     if layout == "transposed":
         return tensor.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "offset":  # starts in the middle of a buffer, on no 16-byte boundary
-        flat = torch.full((tensor.numel() + 1,), torch.nan, dtype=tensor.dtype, device=tensor.device)
+        flat = tensor.new_full((tensor.numel() + 1,), filler)
         flat[1:] = tensor.flatten()
         return flat[1:].view(tensor.shape)
     raise AssertionError(layout)

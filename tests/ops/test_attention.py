@@ -254,6 +254,15 @@ class TestAttention(OpContract):
         assert torch.equal(first, ops.attention(q, q, q, dropout_p=0.5))
         assert not torch.equal(first, second)
 
+    def test_autocast_changes_nothing_of_dropout(self):
+        q = torch.randn(1, 2, 32, 16, dtype=torch.bfloat16, requires_grad=True)
+        plain = ops.attention(q, q, q, dropout_p=0.5, seed=1)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = ops.attention(q, q, q, dropout_p=0.5, seed=1)
+            (grad,) = torch.autograd.grad(cast.sum(), q)
+        assert torch.equal(plain, cast)
+        assert torch.equal(torch.autograd.grad(plain.sum(), q)[0], grad)
+
     @pytest.mark.parametrize("device", DEVICES)
     def test_no_dropout_needs_no_random_number(self, device):
         q = torch.randn(1, 2, 32, 16, device=device)

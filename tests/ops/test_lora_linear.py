@@ -42,7 +42,7 @@ class TestLoraLinear(OpContract):
 
     def raw_inputs(self, args):
         keep = torch.ones(args[0].shape, dtype=torch.bool, device=args[0].device)
-        return (*args, keep, 1.0)
+        return (*args, keep, 1.0, None, None, None)
 
     bad_inputs = [
         (TypeError, "x must be a tensor, got list", lambda: ([1.0], *[torch.ones(1, 1)] * 4, 1.0)),
