@@ -3,13 +3,13 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from fastgpt.errors import UserError
 from fastgpt.model import GPT
 from fastgpt.model.adapter import load_adapter
 from fastgpt.model.hub import is_adapter, resolve_model_folder
-from fastgpt.model.lora import apply_lora
+from fastgpt.model.lora import adapted_layers, apply_lora
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train import RunConfig, pick_device, pick_precision
 
@@ -71,13 +71,19 @@ def load_base(config: FinetuneConfig) -> tuple[GPT, Tokenizer, Path]:
     return model, tokenizer, folder
 
 
-def adapt(model: GPT, config: FinetuneConfig, checkpoint: Path | None) -> None:
-    """With --lora-rank, freezes the model and gives it the adapter that trains: a checkpoint's, or a new one."""
+def adapt(model: GPT, config: FinetuneConfig, checkpoint: Path | None, quantize: Literal["nf4"] | None = None) -> None:
+    """With --lora-rank, freezes the model and gives it the adapter that trains: a checkpoint's, or a new one.
+
+    Args:
+        quantize: "nf4" holds the weights beside the adapter in 4 bits.
+    """
     if checkpoint is not None:
         load_adapter(model, checkpoint)
+        for layer in adapted_layers(model).values() if quantize else ():
+            layer.quantize()
     else:
         alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
-        apply_lora(model, config.lora_rank, alpha, dropout=config.lora_dropout)
+        apply_lora(model, config.lora_rank, alpha, dropout=config.lora_dropout, quantize=quantize)
 
 
 def default_lr(width: int, trains_all: bool) -> float:
