@@ -1,20 +1,28 @@
-"""fastgpt finetune classify|instruct"""
+"""fastgpt finetune ..."""
 
 from rich.console import Console
 from rich.table import Table
 
-from fastgpt.cli.train import parse_run
+from fastgpt.cli.train import exit_as, parse_run
 from fastgpt.finetune.classify import ClassifyConfig
 from fastgpt.finetune.classify import classify as finetune_classify
 from fastgpt.finetune.instruct import InstructConfig, finetune_instruct
+from fastgpt.finetune.prefer import PreferConfig, finetune_prefer
 from fastgpt.finetune.scores import Scores
+
+
+def instruct(argv: list[str]) -> None:
+    exit_as(finetune_instruct(parse_run(InstructConfig, argv)))
+
+
+def prefer(argv: list[str]) -> None:
+    exit_as(finetune_prefer(parse_run(PreferConfig, argv)))
 
 
 def classify(argv: list[str]) -> None:
     config = parse_run(ClassifyConfig, argv)
     result = finetune_classify(config)
-    if result.run.signal:
-        raise SystemExit(128 + result.run.signal)
+    exit_as(result.run)
     assert result.scores is not None
     print_scores(result.scores)
     print(f"pictures and figures in {config.out}/: confusion.png, test.json, test_predictions.jsonl")
@@ -35,9 +43,3 @@ def print_scores(scores: Scores) -> None:
     for count, confidence, accuracy in scores.bins:
         table.add_row(f"{confidence:.1%}", f"{count:,}", f"{accuracy:.1%}")
     console.print(table)
-
-
-def instruct(argv: list[str]) -> None:
-    result = finetune_instruct(parse_run(InstructConfig, argv))
-    if result.signal:
-        raise SystemExit(128 + result.signal)

@@ -5,13 +5,17 @@ from typing import TypeVar
 
 from fastgpt import train as training
 from fastgpt.cli import parse
-from fastgpt.train import RunConfig, TrainConfig
+from fastgpt.train import RunConfig, TrainConfig, TrainResult
 
 Config = TypeVar("Config", bound=RunConfig)
 
 
 def train(argv: list[str]) -> None:
-    result = training.train(parse_run(TrainConfig, argv))
+    exit_as(training.train(parse_run(TrainConfig, argv)))
+
+
+def exit_as(result: TrainResult) -> None:
+    """Exits as the signal that stopped the run would have it; does nothing if none did."""
     if result.signal:
         raise SystemExit(128 + result.signal)
 
