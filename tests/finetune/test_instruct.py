@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers
 
-from fastgpt import GPT, GPTConfig, Tokenizer, UserError
+from fastgpt import GPT, GPTConfig, Tokenizer, UserError, ops
 from fastgpt.finetune.dialogues import read_dialogues
 from fastgpt.finetune.instruct import InstructConfig, InstructionTuning, finetune_instruct, prepare
 from fastgpt.model.adapter import save_adapter
-from fastgpt.model.lora import apply_lora
+from fastgpt.model.lora import adapted_layers, apply_lora
 from fastgpt.template import ALPACA, CHATML, encode_dialogue, encode_prompt
 from fastgpt.train.metrics import read_metrics
 
@@ -202,6 +202,14 @@ def test_only_responses_are_targets_unless_asked(base, data, tmp_path):
     assert "user\nWho hides?" in tokenizer.decode(whole.targets[whole.targets != -100].tolist())
 
 
+def test_frozen_weights_are_held_in_4_bits(base, data, tmp_path):
+    task = InstructionTuning(config(base, data, tmp_path, lora_rank=4, quantize="nf4"), None)
+    layers = adapted_layers(task.model)
+    assert len(layers) == 8
+    assert all(isinstance(layer.weight, ops.NF4Weight) for layer in layers.values())
+    assert 0 < task.loss(task.next_batch()).item() < 10
+
+
 def test_accumulated_gradients_are_those_of_one_batch(base, data, tmp_path):
     """Batches with different numbers of targets, weighed by them."""
     task = InstructionTuning(config(base, data, tmp_path, batch_size=1), None)
@@ -275,6 +283,7 @@ def test_bad_input_gives_one_line(refused, base, data, tmp_path):
     bad = tmp_path / "bad.json"
     bad.write_text('[{"instruction": "Hi", "output": "Ho"}, {"instruction": "Hi"}]')
     assert f"{bad}, row 2: the field 'output' is missing" in line(data=bad)
+    assert "--quantize is of adapters: train them with --lora-rank 16" in line("--quantize", "nf4")
     assert "has no chat template: take --template" in line("--template", "tokenizer")
     assert "--block-size 97 is more than the 96 positions" in line("--block-size", 97)
     assert "the context is 8; none of the 3 dialogues fits" in line("--block-size", 8)
