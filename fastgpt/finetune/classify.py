@@ -179,8 +179,12 @@ class Classification(Task[Batch]):
 
     def describe(self) -> str:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        whole = sum(p.numel() for p in self.model.parameters())
-        return f"{trained:,} of {whole:,} parameters learn"
+        shares = ", ".join(f"{label} {n:,}" for label, n in class_counts(self.parts["train"]).items())
+        cut = f"; {self.cut:,} are longer than {self.limit:,} tokens and cut" if self.cut else ""
+        return (
+            f"{len(self.parts['train']):,} texts to train on ({shares}), {len(self.parts['val']):,} to validate, "
+            f"{len(self.parts['test']):,} to test{cut}; {trained:,} parameters learn"
+        )
 
     def about(self) -> dict[str, Any]:
         return {

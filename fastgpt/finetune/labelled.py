@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from fastgpt.data.read import read_text_file
 from fastgpt.errors import UserError
+from fastgpt.finetune.dialogues import read_records
 
 # What the columns are usually called, the likeliest first.
 TEXT_NAMES = (
@@ -28,12 +28,12 @@ TEXT_NAMES = (
     "sms",
 )
 LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "intent", "topic", "tag", "spam")
-KINDS = (".tsv", ".csv", ".jsonl")
+KINDS = (".tsv", ".csv", ".jsonl", ".json")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A text, its label, and where it stood: file:row."""
+    """A text, its label, and where it stood: file and line."""
 
     text: str
     label: str
@@ -41,7 +41,7 @@ class Example:
 
 
 def read_labelled(path: Path, text_column: str | None = None, label_column: str | None = None) -> list[Example]:
-    """The examples of a .tsv, .csv or .jsonl file, in its order; spaces around texts and labels are no part of them.
+    """The examples of a .tsv, .csv, .jsonl or .json file, in its order, without spaces around texts and labels.
 
     Columns are found by their usual names. A table without such a first row has none: then of two columns the one with
     fewer different values is the label.
@@ -54,7 +54,7 @@ def read_labelled(path: Path, text_column: str | None = None, label_column: str 
     """
     if path.suffix not in KINDS:
         raise UserError(f"{path} is no table that can be read: give a file whose name ends in {', '.join(KINDS)}")
-    rows = _jsonl(path) if path.suffix == ".jsonl" else _table(path)
+    rows = read_records(path) if path.suffix in (".jsonl", ".json") else _table(path)
     if not rows:
         raise UserError(f"{path} is empty: give at least two examples of each class")
     header = list(rows[0][1])
@@ -82,7 +82,7 @@ def read_texts(path: Path, text_column: str | None = None) -> list[str]:
     """
     if path.suffix not in KINDS:
         return check_texts(lines(read_text_file(path)), str(path))
-    rows = _jsonl(path) if path.suffix == ".jsonl" else _table(path)
+    rows = read_records(path) if path.suffix in (".jsonl", ".json") else _table(path)
     header = list(rows[0][1]) if rows else []
     text = _column(path, header, text_column, "--text-column", TEXT_NAMES)
     if text is None and len(header) == 1:
@@ -96,7 +96,7 @@ def check_texts(texts: list[str], source: str) -> list[str]:
     """The texts, of which none may be empty: it would have no class."""
     for i, text in enumerate(texts, 1):
         if not text.strip():
-            raise UserError(f"{source}:{i}: the text is empty, and has no class: take the line out")
+            raise UserError(f"{source}, line {i}: the text is empty, and has no class: take the line out")
     if not texts:
         raise UserError(f"{source} has no text: give a text, or lines of them")
     return texts
@@ -123,7 +123,9 @@ def _table(path: Path) -> list[tuple[str, Row]]:
                 if any(cells):
                     table.append((reader.line_num, cells))
         except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: this is no CSV ({error}): mend the row's quotes") from None
+            raise UserError(
+                f"{path}, line {reader.line_num}: this is no CSV ({error}): mend the row's quotes"
+            ) from None
     if not table:
         return []
     first = [cell.strip() for cell in table[0][1]]
@@ -135,22 +137,8 @@ def _table(path: Path) -> list[tuple[str, Row]]:
     rows = []
     for i, cells in table:
         if len(cells) != len(names):
-            raise UserError(f"{path}:{i}: the row has {len(cells)} fields, the others have {len(names)}: mend it")
-        rows.append((f"{path}:{i}", dict(zip(names, cells, strict=True))))
-    return rows
-
-
-def _jsonl(path: Path) -> list[tuple[str, Row]]:
-    rows = []
-    for i, line in enumerate(lines(read_text_file(path)), 1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}:{i} is no JSON: {error}") from None
-            if not isinstance(value, dict):
-                raise UserError(f"{path}:{i} is no JSON object with fields")
-            rows.append((f"{path}:{i}", value))
+            raise UserError(f"{path}, line {i}: the row has {len(cells)} fields, the others have {len(names)}: mend it")
+        rows.append((f"{path}, line {i}", dict(zip(names, cells, strict=True))))
     return rows
 
 

@@ -362,10 +362,9 @@ class Trainer:
                 if self.step < self.max_steps:
                     log.say(f"no better one for {task.patience} evaluations: the best is that of step {best}")
                 log.say(f"finished at step {self.step}: validation loss {first:.4f} -> {last:.4f}; saved {saved}")
-            stopped_by = signals[0] if signals else None
-            return TrainResult(
-                self.step, last, first, saved, self.step if best is None else best, self.seconds, stopped_by
-            )
+            if best not in checkpoint.steps(c.out):  # there is no best, or somebody has moved it away
+                best = self.step
+            return TrainResult(self.step, last, first, saved, best, self.seconds, signals[0] if signals else None)
 
     def _lost(self, loss: float) -> str:
         kept = checkpoint.steps(self.config.out)

@@ -148,7 +148,7 @@ def test_by_the_command_line(base, table, tmp_path, cli, refused):
 
     assert "is a classifier" in refused("generate", "--model", out)
     assert "is no classifier" in refused("classify", "--model", base, "text")
-    assert "text:2: the text is empty" in refused("classify", "--model", out, "one", " ")
+    assert "text, line 2: the text is empty" in refused("classify", "--model", out, "one", " ")
     assert "give texts or --input" in refused("classify", "--model", out, "one", "--input", "x.txt")
     assert "is a run of `fastgpt finetune classify`" in refused("train", "--out", out, "--resume")
 
@@ -174,7 +174,7 @@ def test_bad_input_gives_one_line(base, table, tmp_path, refused):
     assert "too few examples for a val part" in line(data("x,a\ny,b\n"), val_fraction=0.01)
     other = data("some text,new\n", "test.csv")
     two = data("".join(f"text {i},{'ab'[i % 2]}\n" for i in range(30)))
-    assert "test.csv:2: the label 'new' is not in" in line(two, test_data=other)
+    assert "test.csv, line 2: the label 'new' is not in" in line(two, test_data=other)
     assert "something must be left" in line(val_fraction=0.5, test_fraction=0.5)
     assert "--epochs must be above 0" in line(epochs=0)
     assert "--lora-rank must be at least 1" in line(train="lora", lora_rank=0)

@@ -24,7 +24,7 @@ def pairs(path, **columns):
 def test_a_tsv_without_names_has_its_label_where_values_repeat(tmp_path):
     path = write(tmp_path, "a.tsv", "".join(f" {label} \t{text}\r\n" for label, text in ROWS) + "\n")
     assert pairs(path) == ROWS
-    assert read_labelled(path)[2].place == f"{path}:3"
+    assert read_labelled(path)[2].place == f"{path}, line 3"
     turned = write(tmp_path, "b.tsv", "".join(f"{text}\t{label}\n" for label, text in ROWS))
     assert pairs(turned) == ROWS
     assert pairs(turned, text_column="1", label_column="2") == ROWS
@@ -40,21 +40,22 @@ def test_named_columns_in_any_table(tmp_path):
     path = write(tmp_path, "a.jsonl", "\n".join(lines))
     assert [label for label, _ in pairs(path)] == ["1", "0", "1", "0"]
     assert pairs(path, text_column="sentence", label_column="class") == pairs(path)
+    assert pairs(write(tmp_path, "a.json", f"[{','.join(lines)}]")) == pairs(path)
 
 
 BAD = [
-    ("a.xlsx", "", "is no table that can be read: give a file whose name ends in .tsv, .csv, .jsonl"),
+    ("a.xlsx", "", "is no table that can be read: give a file whose name ends in .tsv, .csv, .jsonl, .json"),
     ("a.csv", "", "is empty"),
-    ("a.csv", "text,label\nx,y,z\n", "a.csv:2: the row has 3 fields, the others have 2"),
-    ("a.csv", 'text,label\n"x,y\n', "a.csv:2: this is no CSV"),
-    ("a.csv", "text,label\nx,y\n ,y\n", "a.csv:3: the field 'text' is empty"),
+    ("a.csv", "text,label\nx,y,z\n", "a.csv, line 2: the row has 3 fields, the others have 2"),
+    ("a.csv", 'text,label\n"x,y\n', "a.csv, line 2: this is no CSV"),
+    ("a.csv", "text,label\nx,y\n ,y\n", "a.csv, line 3: the field 'text' is empty"),
     ("a.csv", "text,other\nx,y\n", "no column is known to be the label: name it with --label-column (has text, other)"),
     ("a.tsv", "a\tb\tc\n", "no column is known to be the text"),
-    ("a.jsonl", '{"text": "x", "label": "y"}\n{"text": "x"}\n', "a.jsonl:2: the field 'label' is missing"),
-    ("a.jsonl", '{"text": "x", "label": 0.5}\n', "a.jsonl:1: the field 'label' is float"),
-    ("a.jsonl", '{"text": ["x"], "label": 1}\n', "a.jsonl:1: the field 'text' is list"),
-    ("a.jsonl", "nonsense\n", "a.jsonl:1 is no JSON"),
-    ("a.jsonl", "[1]\n", "a.jsonl:1 is no JSON object"),
+    ("a.jsonl", '{"text": "x", "label": "y"}\n{"text": "x"}\n', "a.jsonl, line 2: the field 'label' is missing"),
+    ("a.jsonl", '{"text": "x", "label": 0.5}\n', "a.jsonl, line 1: the field 'label' is float"),
+    ("a.jsonl", '{"text": ["x"], "label": 1}\n', "a.jsonl, line 1: the field 'text' is list"),
+    ("a.jsonl", "nonsense\n", "a.jsonl, line 1 is no JSON"),
+    ("a.jsonl", "[1]\n", "a.jsonl, row 1 is no JSON object but a number"),
 ]
 
 
@@ -80,7 +81,7 @@ def test_texts_alone(tmp_path):
     assert read_texts(write(tmp_path, "a.txt", "one\ntwo\u2028and\r\n")) == ["one", "two\u2028and"]
     assert read_texts(write(tmp_path, "a.csv", "id,text\n1,one\n2,two\n")) == ["one", "two"]
     assert read_texts(write(tmp_path, "a.tsv", "one\ntwo\n")) == ["one", "two"]
-    with pytest.raises(UserError, match=r"b\.txt:2: the text is empty"):
+    with pytest.raises(UserError, match=r"b\.txt, line 2: the text is empty"):
         read_texts(write(tmp_path, "b.txt", "one\n \ntwo\n"))
     with pytest.raises(UserError, match="has no text"):
         read_texts(write(tmp_path, "c.txt", ""))
