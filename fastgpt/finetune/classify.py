@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgpt.errors import UserError
 from fastgpt.files import atomic_write
-from fastgpt.finetune.config import FinetuneConfig, adapt, load_base, settle
+from fastgpt.finetune.common import FinetuneConfig, adapt, load_base, settle
 from fastgpt.finetune.labelled import Example, balance, class_counts, divide, read_labelled
 from fastgpt.finetune.scores import Scores, draw_scores, score
 from fastgpt.model.classifier import Classes, GPTClassifier, Pooling

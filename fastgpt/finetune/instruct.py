@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,14 +12,13 @@ from torch import Tensor
 from fastgpt.chat import stream_answer
 from fastgpt.errors import UserError
 from fastgpt.files import atomic_write
-from fastgpt.finetune.config import FinetuneConfig, adapt, load_base, settle
+from fastgpt.finetune.common import DialogueConfig, DialogueTask, settle
 from fastgpt.finetune.dialogues import Format, find_format, read_records, to_dialogue
 from fastgpt.finetune.packing import Batch, Example, PackedExamples, TooLong, fit_example, response_length
 from fastgpt.model import GPT
-from fastgpt.model.adapter import save_adapter
-from fastgpt.template import TEMPLATES, Message, encode_dialogue, encode_prompt
+from fastgpt.template import Message, encode_dialogue, encode_prompt
 from fastgpt.tokenizer import Tokenizer
-from fastgpt.train import Task, Trainer, TrainResult, explained_run, open_run, pick_device, publish_best
+from fastgpt.train import Trainer, TrainResult, explained_run, open_run, publish_best
 
 HELD_OUT = "held_out.json"  # in the run folder
 SHOWN = 3  # held-out prompts that are answered at the end
@@ -27,37 +26,22 @@ Dialogues = list[tuple[str, list[Message]]]  # each with its place, for errors
 
 
 @dataclass
-class InstructConfig(FinetuneConfig):
+class InstructConfig(DialogueConfig):
     """Fine-tune a model to answer, on dialogues; or resume such a run."""
 
     data: Path | None = None
     """Dialogues: Alpaca JSON, ShareGPT, or OpenAI's messages, as a JSON list or one a line."""
     val_data: Path | None = None
-    """Dialogues to validate on, in a file of their own."""
-    val_fraction: float = 0.1
-    """Without --val-data, how much of --data is held out; it is written to held_out.json in the run folder."""
+    """Dialogues to validate on, in a file of their own; without it a part of --data is held out, and written to
+    held_out.json in the run folder."""
     format: Format | None = None
     """Of the files; found by the first record's fields if not given."""
-    template: Literal["alpaca", "chatml", "tokenizer"] | None = None
-    """How dialogues are written for the model; if not given, the tokenizer's own chat template, else alpaca."""
-    block_size: int | None = None
-    """Tokens in a row, which whole dialogues are packed into; all positions of the model if not given."""
     too_long: TooLong = "cut"
     """Dialogues longer than a row lose their beginning (cut) or are left out (skip)."""
     train_on_prompt: bool = False
     """Learn to predict the prompts too, not the responses alone."""
-    batch_size: int = 4
-    """Rows in one forward pass."""
 
     command: ClassVar[str] = "finetune instruct"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._at_least(1, "block_size")
-        if self.val_data is None and not 0 < self.val_fraction < 1:
-            raise UserError(
-                f"--val-fraction must be above 0 and below 1, got {self.val_fraction}: the best model is chosen by it"
-            )
 
 
 @dataclass
@@ -119,15 +103,6 @@ def prepare(
     return prepared
 
 
-def pick_template(tokenizer: Tokenizer, name: str | None, folder: Path) -> str:
-    """The Jinja source of a `--template` option."""
-    if name in TEMPLATES:
-        return TEMPLATES[name]
-    if name == "tokenizer" and tokenizer.chat_template is None:
-        raise UserError(f"the tokenizer in {folder} has no chat template: take --template alpaca or chatml")
-    return tokenizer.chat_template or TEMPLATES["alpaca"]
-
-
 def _read(config: InstructConfig) -> tuple[Dialogues, Dialogues, list[dict[str, Any]]]:
     """The dialogues to train on, those that are held out, and the held-out ones as they stand in the file."""
     assert config.data is not None
@@ -151,36 +126,17 @@ def _read_file(path: Path, format: Format | None) -> tuple[list[tuple[str, dict[
     return records, format or find_format(records[0][1], records[0][0])
 
 
-class InstructionTuning(Task[Batch]):
+class InstructionTuning(DialogueTask[Batch]):
     """A model, from `config.model` or from the checkpoint `latest`, and the dialogues that it learns.
 
     `config` is the given one with `block_size` and all that `settle` settles as numbers. Dropout is off, but for the
     adapters'.
     """
 
-    best_by = ("val_loss", "min")
-
     def __init__(self, config: InstructConfig, latest: tuple[int, Path] | None) -> None:
-        self.device = pick_device(config.device)
-        self.patience = config.patience
         train, self.held_out, self.held_out_records = _read(config)
-        torch.manual_seed(config.seed)
-        self.model: GPT
-        # A checkpoint of all weights is a model itself; one of adapters needs its base.
-        start = replace(config, model=latest[1]) if latest and not config.lora_rank else config
-        self.model, self.tokenizer, folder = load_base(start)
-        self.model.set_dropout(0.0)
-        self.base = folder if config.lora_rank else None
-        if self.base:
-            adapt(self.model, config, latest[1] if latest else None)
-        self.model.to(self.device)
-        if self.tokenizer.eot_id is None:
-            raise UserError(f"the tokenizer in {folder} has no end-of-text token, which a response would end with")
-        self.tokenizer.chat_template = pick_template(self.tokenizer, config.template, folder)
-        width, limit = self.model.config.n_embd, self.model.config.n_positions
-        block_size = config.block_size or limit
-        if block_size > limit:
-            raise UserError(f"--block-size {block_size} is more than the {limit} positions of {folder}")
+        super().__init__(config, latest)
+        block_size, width = self.block_size, self.model.config.n_embd
         self.prepared, self.prepared_val = (
             prepare(self.tokenizer, part, block_size, config.too_long, config.train_on_prompt)
             for part in (train, self.held_out)
@@ -216,13 +172,6 @@ class InstructionTuning(Task[Batch]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.data.load_state_dict(state)
 
-    def write_model(self, folder: Path) -> None:
-        if self.base:
-            save_adapter(self.model, folder, self.base)
-        else:
-            self.model.save_pretrained(folder, self.tokenizer.eot_id)
-        self.tokenizer.save_pretrained(folder)
-
     def describe(self) -> str:
         tokens, rows = sum(self.data.lengths), self.data.rows()
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -231,9 +180,6 @@ class InstructionTuning(Task[Batch]):
             f"{self.data.block_size:,} ({tokens / rows / self.data.block_size:.0%} full); held out: "
             f"{self.prepared_val.describe()}"
         )
-
-    def about(self) -> dict[str, Any]:
-        return {"tokenizer_hash": self.tokenizer.hash, "chat_template": self.tokenizer.chat_template}
 
 
 def finetune_instruct(config: InstructConfig) -> TrainResult:

@@ -20,7 +20,7 @@ log q of every answer is computed once, before the first step, and kept in the c
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,31 +29,25 @@ from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.errors import UserError
-from fastgpt.finetune.config import FinetuneConfig, adapt, default_lr, load_base, settle
+from fastgpt.finetune.common import DialogueConfig, DialogueTask, default_lr, settle
 from fastgpt.finetune.dialogues import read_records, to_dialogue
-from fastgpt.finetune.instruct import pick_template
 from fastgpt.finetune.packing import Example
 from fastgpt.model import GPT
-from fastgpt.model.adapter import save_adapter
 from fastgpt.template import Message, encode_dialogue
 from fastgpt.tokenizer import Tokenizer
-from fastgpt.train import Task, Trainer, TrainResult, autocast, explained_run, open_run, pick_device, publish_best
+from fastgpt.train import Trainer, TrainResult, autocast, explained_run, open_run, publish_best
 
 
 @dataclass
-class PreferConfig(FinetuneConfig):
+class PreferConfig(DialogueConfig):
     """Fine-tune a model on preferences (DPO), or resume such a run."""
 
     data: Path | None = None
     """Pairs with prompt, chosen and rejected, as a JSON list or one a line."""
-    val_fraction: float = 0.1
-    """How much of the pairs is held out."""
     beta: float = 0.1
     """How strongly the model is held to what it was: the loss's inverse temperature."""
     label_smoothing: float = 0.0
     """Share of the preferences that are taken to be the wrong way round."""
-    template: Literal["alpaca", "chatml", "tokenizer"] | None = None
-    """How dialogues are written for the model; if not given, the tokenizer's own chat template, else alpaca."""
     block_size: int | None = None
     """Tokens of a prompt with its answer at the most: longer ones lose the prompt's beginning; all positions of the
     model if not given."""
@@ -68,11 +62,6 @@ class PreferConfig(FinetuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(1, "block_size")
-        if not 0 < self.val_fraction < 1:
-            raise UserError(
-                f"--val-fraction must be above 0 and below 1, got {self.val_fraction}: the best model is chosen by it"
-            )
         if not self.beta > 0:
             raise UserError(f"--beta must be above 0, got {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:
@@ -232,7 +221,7 @@ def _encode(tokenizer: Tokenizer, dialogue: list[Message], prompt: int) -> Examp
     return Example(ids, trained)
 
 
-class PreferenceTuning(Task[list[int]]):
+class PreferenceTuning(DialogueTask[list[int]]):
     """A model, from `config.model` or from the checkpoint `latest`, and the pairs that it learns to tell apart.
 
     A batch is the pairs' indices. `config` is the given one with `block_size` and all that `settle` settles as numbers.
@@ -240,33 +229,16 @@ class PreferenceTuning(Task[list[int]]):
     """
 
     loss_unit = "nats per pair"
-    best_by = ("val_loss", "min")
 
     def __init__(self, config: PreferConfig, latest: tuple[int, Path] | None) -> None:
         assert config.data is not None
-        self.device, self.patience = pick_device(config.device), config.patience
         preferences = read_preferences(config.data)
         order = np.random.default_rng(config.seed).permutation(len(preferences)).tolist()
         held_out = max(1, round(config.val_fraction * len(preferences)))
         if held_out == len(preferences):
             raise UserError(f"{config.data} has too few pairs to hold some out: it has {len(preferences)}")
-        torch.manual_seed(config.seed)
-        self.model: GPT
-        # A checkpoint of all weights is a model itself; one of adapters needs its base.
-        start = replace(config, model=latest[1]) if latest and not config.lora_rank else config
-        self.model, self.tokenizer, folder = load_base(start)
-        self.model.set_dropout(0.0)
-        self.base = folder if config.lora_rank else None
-        if self.base:
-            adapt(self.model, config, latest[1] if latest else None)
-        self.model.to(self.device)
-        if self.tokenizer.eot_id is None:
-            raise UserError(f"the tokenizer in {folder} has no end-of-text token, which an answer would end with")
-        self.tokenizer.chat_template = pick_template(self.tokenizer, config.template, folder)
-        width, limit = self.model.config.n_embd, self.model.config.n_positions
-        block_size = config.block_size or limit
-        if block_size > limit:
-            raise UserError(f"--block-size {block_size} is more than the {limit} positions of {folder}")
+        super().__init__(config, latest)
+        block_size, width = self.block_size, self.model.config.n_embd
         self.val_pairs, self.pairs = (
             prepare(self.tokenizer, [preferences[i] for i in sorted(part)], block_size)
             for part in (order[:held_out], order[held_out:])
@@ -359,19 +331,9 @@ class PreferenceTuning(Task[list[int]]):
         self.epoch, self.position, self.since = state["epoch"], state["position"], state["since"]
         self.reference, self.val_reference = (state[n].to(self.device) for n in ("reference", "val_reference"))
 
-    def write_model(self, folder: Path) -> None:
-        if self.base:
-            save_adapter(self.model, folder, self.base)
-        else:
-            self.model.save_pretrained(folder, self.tokenizer.eot_id)
-        self.tokenizer.save_pretrained(folder)
-
     def describe(self) -> str:
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return f"{trained:,} trained parameters; {self.pairs.describe()}; held out: {self.val_pairs.describe()}"
-
-    def about(self) -> dict[str, Any]:
-        return {"tokenizer_hash": self.tokenizer.hash, "chat_template": self.tokenizer.chat_template}
 
 
 def finetune_prefer(config: PreferConfig) -> TrainResult:

@@ -1,21 +1,24 @@
-"""What every fine-tuning run has, and how its model comes and goes."""
+"""What fine-tuning runs have in common: their options, and how the model comes and goes."""
 
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
+import torch
 from torch import nn
 
 from fastgpt.errors import UserError
 from fastgpt.model import GPT
-from fastgpt.model.adapter import load_adapter
+from fastgpt.model.adapter import load_adapter, save_adapter
 from fastgpt.model.hub import is_adapter, resolve_model_folder
 from fastgpt.model.lora import apply_lora
+from fastgpt.template import TEMPLATES
 from fastgpt.tokenizer import Tokenizer
-from fastgpt.train import RunConfig, option, pick_device, pick_precision
+from fastgpt.train import RunConfig, Task, option, pick_device, pick_precision
 
 Config = TypeVar("Config", bound="FinetuneConfig")
+Batch = TypeVar("Batch")
 
 
 @dataclass
@@ -128,3 +131,71 @@ def settle(config: Config, examples: int, rows: int, width: int, trains_all: boo
         eval_interval=config.eval_interval or max(1, min(250, per_epoch // 2)),
         precision=pick_precision(config.precision, pick_device(config.device), rows, width),
     )
+
+
+@dataclass
+class DialogueConfig(FinetuneConfig):
+    """What those on dialogues have."""
+
+    val_fraction: float = 0.1
+    """How much of --data is held out to validate on."""
+    template: Literal["alpaca", "chatml", "tokenizer"] | None = None
+    """How dialogues are written for the model; if not given, the tokenizer's own chat template, else alpaca."""
+    block_size: int | None = None
+    """Tokens of a row, at most the model's positions; all of them if not given."""
+    batch_size: int = 4
+    """Rows in one forward pass."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "block_size")
+        if not 0 < self.val_fraction < 1:
+            raise UserError(
+                f"--val-fraction must be above 0 and below 1, got {self.val_fraction}: the best model is chosen by it"
+            )
+
+
+class DialogueTask(Task[Batch]):
+    """A model that learns from dialogues, from `config.model` or from the checkpoint `latest`, and its tokenizer with
+    the chat template. Dropout is off, but for the adapters'."""
+
+    model: GPT
+    best_by = ("val_loss", "min")
+
+    def __init__(self, config: DialogueConfig, latest: tuple[int, Path] | None) -> None:
+        self.device, self.patience = pick_device(config.device), config.patience
+        torch.manual_seed(config.seed)
+        # A checkpoint of all weights is a model itself; one of adapters needs its base.
+        start = replace(config, model=latest[1]) if latest and not config.trains_adapters else config
+        self.model, self.tokenizer, folder = load_base(start)
+        self.model.set_dropout(0.0)
+        self.base = folder if config.trains_adapters else None
+        if self.base:
+            adapt(self.model, config, latest[1] if latest else None)
+        self.model.to(self.device)
+        if self.tokenizer.eot_id is None:
+            raise UserError(f"the tokenizer in {folder} has no end-of-text token, which a response would end with")
+        self.tokenizer.chat_template = pick_template(self.tokenizer, config.template, folder)
+        limit = self.model.config.n_positions
+        self.block_size = config.block_size or limit
+        if self.block_size > limit:
+            raise UserError(f"--block-size {self.block_size} is more than the {limit} positions of {folder}")
+
+    def write_model(self, folder: Path) -> None:
+        if self.base:
+            save_adapter(self.model, folder, self.base)
+        else:
+            self.model.save_pretrained(folder, self.tokenizer.eot_id)
+        self.tokenizer.save_pretrained(folder)
+
+    def about(self) -> dict[str, Any]:
+        return {"tokenizer_hash": self.tokenizer.hash, "chat_template": self.tokenizer.chat_template}
+
+
+def pick_template(tokenizer: Tokenizer, name: str | None, folder: Path) -> str:
+    """The Jinja source of a `--template` option."""
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if name == "tokenizer" and tokenizer.chat_template is None:
+        raise UserError(f"the tokenizer in {folder} has no chat template: take --template alpaca or chatml")
+    return tokenizer.chat_template or TEMPLATES["alpaca"]
