@@ -31,7 +31,7 @@ def generate(
     """Continue a prompt; the text appears as it is made.
 
     Args:
-        model: Model folder, checkpoint, or run folder (its newest checkpoint).
+        model: Model folder, checkpoint, or run folder (its model, or newest checkpoint).
         prompt: Text to continue; without one it starts a new document.
         max_new_tokens: Stop after so many tokens, or at the end of the text.
         temperature: Below 1 likelier, above 1 wilder; 0 takes the likeliest token each time.

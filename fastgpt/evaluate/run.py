@@ -29,7 +29,7 @@ class EvalConfig:
     """Perplexity of a model on shards, multiple choice by likelihood, and its responses to instructions."""
 
     model: Path
-    """Model folder, checkpoint, or run folder (its newest checkpoint)."""
+    """Model folder, checkpoint, or run folder (its model, or newest checkpoint)."""
     data: Path | None = None
     """Folder of token shards, prepared with the model's tokenizer: loss, perplexity, bits per byte."""
     choices: tuple[Path, ...] = ()
