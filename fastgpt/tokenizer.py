@@ -145,6 +145,13 @@ class Tokenizer:
         batch = self._encoding.encode_ordinary_batch(texts, num_threads=threads)
         return batch if self._ids is None else [[self._ids[r] for r in ranks] for ranks in batch]
 
+    def mismatch(self, vocab_size: int, folder: str | Path) -> UserError:
+        """What to raise where the model beside this tokenizer, in `folder`, has a vocabulary of another size."""
+        return UserError(
+            f"the tokenizer in {folder} has {self.vocab_size:,} ids, the model {vocab_size:,}: "
+            "put the tokenizer.json there that the model was trained with"
+        )
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token; a special token's name."""
         try:

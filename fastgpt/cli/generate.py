@@ -51,10 +51,7 @@ def generate(
     tokenizer = Tokenizer.from_pretrained(folder)
     gpt = GPT.from_pretrained(folder, device=where)
     if tokenizer.vocab_size != gpt.config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {folder} has {tokenizer.vocab_size:,} ids, the model {gpt.config.vocab_size:,}: "
-            "put the tokenizer.json there that the model was trained with"
-        )
+        raise tokenizer.mismatch(gpt.config.vocab_size, folder)
     ids = tokenizer.encode(prompt)
     if not ids:
         if tokenizer.eot_id is None:

@@ -21,7 +21,7 @@ from fastgpt.model import GPT
 from fastgpt.model.hub import resolve_model_folder
 from fastgpt.template import TEMPLATES
 from fastgpt.tokenizer import Tokenizer
-from fastgpt.train import pick_device
+from fastgpt.train import option, pick_device
 
 
 @dataclass
@@ -68,7 +68,7 @@ class EvalConfig:
         for name in ("limit", "batch_size", "max_batches", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+                raise UserError(f"{option(name)} must be at least 1, got {value}")
 
 
 def evaluate(
@@ -103,10 +103,7 @@ def evaluate(
     device = pick_device(c.device)
     model = GPT.from_pretrained(folder, device=device)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {folder} has {tokenizer.vocab_size:,} ids, the model {model.config.vocab_size:,}: "
-            "put the tokenizer.json there that the model was trained with"
-        )
+        raise tokenizer.mismatch(model.config.vocab_size, folder)
 
     results: dict[str, Any] = {
         "model": str(folder),

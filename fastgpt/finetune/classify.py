@@ -219,13 +219,13 @@ def read_parts(config: ClassifyConfig) -> dict[str, list[Example]]:
             if example.label not in counts:
                 known = ", ".join(map(repr, list(counts)[:8]))
                 raise UserError(f"{example.place}: the label {example.label!r} is not in {config.data}: it has {known}")
-    for part, needed in (("train", set(counts)), ("val", set()), ("test", set())):
-        if missing := needed - {example.label for example in parts[part]}:
-            raise UserError(
-                f"{config.data}: the class {min(missing)!r} has {counts[min(missing)]} examples, too few to train on: "
-                "give more, or take the class out"
-            )
-        if not parts[part]:
+    if missing := counts.keys() - {example.label for example in train}:
+        raise UserError(
+            f"{config.data}: the class {min(missing)!r} has {counts[min(missing)]} examples, too few to train on: "
+            "give more, or take the class out"
+        )
+    for part, found in parts.items():
+        if not found:
             raise UserError(f"{config.data} has too few examples for a {part} part: give more, or larger fractions")
     return parts
 

@@ -83,10 +83,7 @@ def load_base(config: FinetuneConfig) -> tuple[GPT, Tokenizer, Path]:
     tokenizer = Tokenizer.from_pretrained(folder)
     model = GPT.from_pretrained(folder)
     if tokenizer.vocab_size != model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {folder} has {tokenizer.vocab_size:,} ids, the model {model.config.vocab_size:,}: "
-            "put the tokenizer.json there that the model was trained with"
-        )
+        raise tokenizer.mismatch(model.config.vocab_size, folder)
     return model, tokenizer, folder
 
 

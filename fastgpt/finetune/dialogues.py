@@ -87,7 +87,7 @@ def to_dialogue(record: dict[str, Any], format: Format, where: str) -> list[Mess
         ]
     field = _FIELD[format]
     role_field, text_field = ("from", "value") if format == "sharegpt" else ("role", "content")
-    turns = _get(record, field, where)
+    turns = get_field(record, field, where)
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{where}: the field {field!r} must be a list of messages, it is {_kind(turns)}")
     messages: list[Message] = []
@@ -140,7 +140,8 @@ def read_dialogues(path: str | Path, format: Format | None = None) -> list[list[
     return [to_dialogue(record, kind, where) for where, record in records]
 
 
-def _get(record: dict[str, Any], field: str, where: str) -> Any:
+def get_field(record: dict[str, Any], field: str, where: str) -> Any:
+    """A record's field; a UserError that names `where` if it is missing."""
     if field not in record:
         have = ", ".join(map(repr, record)) or "none"
         raise UserError(f"{where}: the field {field!r} is missing (it has {have})")
@@ -148,7 +149,7 @@ def _get(record: dict[str, Any], field: str, where: str) -> Any:
 
 
 def _text(record: dict[str, Any], field: str, where: str, may_be_empty: bool = False) -> str:
-    value = _get(record, field, where)
+    value = get_field(record, field, where)
     if not isinstance(value, str):
         raise UserError(f"{where}: the field {field!r} must be a text, it is {_kind(value)}")
     value = value.strip()

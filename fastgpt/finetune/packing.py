@@ -103,11 +103,11 @@ class PackedExamples:
         self.examples, self.block_size, self.seed, self.pad_id = examples, block_size, seed, pad_id
         self.lengths = [example.length for example in examples]
         self.epoch = self.position = 0
-        self._rows = pack(self.lengths, block_size, seed, 0)
+        self._first = self._rows = pack(self.lengths, block_size, seed, 0)
 
     def rows(self) -> int:
         """How many rows the first epoch has; the others have nearly as many."""
-        return len(pack(self.lengths, self.block_size, self.seed, 0))
+        return len(self._first)
 
     def next_batch(self, batch_size: int) -> Batch:
         """The next `batch_size` rows; goes on into the next epoch by itself."""
@@ -123,9 +123,8 @@ class PackedExamples:
 
     def sequential_batches(self, batch_size: int) -> Iterator[Batch]:
         """The first epoch's rows once, the last batch maybe smaller; moves no position."""
-        rows = pack(self.lengths, self.block_size, self.seed, 0)
-        for start in range(0, len(rows), batch_size):
-            yield self._batch(rows[start : start + batch_size])
+        for start in range(0, len(self._first), batch_size):
+            yield self._batch(self._first[start : start + batch_size])
 
     def _batch(self, rows: list[list[int]]) -> Batch:
         T = self.block_size

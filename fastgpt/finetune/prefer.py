@@ -30,7 +30,7 @@ from torch import Tensor
 from fastgpt import ops
 from fastgpt.errors import UserError
 from fastgpt.finetune.common import DialogueConfig, DialogueTask, default_lr, settle
-from fastgpt.finetune.dialogues import read_records, to_dialogue
+from fastgpt.finetune.dialogues import get_field, read_records, to_dialogue
 from fastgpt.finetune.packing import Example
 from fastgpt.model import GPT
 from fastgpt.template import Message, encode_dialogue
@@ -89,9 +89,7 @@ def read_preferences(path: Path) -> list[Preference]:
 
 def _preference(record: dict[str, Any], where: str) -> Preference:
     for field in ("chosen", "rejected"):
-        if field not in record:
-            have = ", ".join(map(repr, record)) or "none"
-            raise UserError(f"{where}: the field {field!r} is missing (it has {have})")
+        get_field(record, field, where)
     chosen, rejected = (_dialogue(record, field, where) for field in ("chosen", "rejected"))
     if chosen == rejected:
         raise UserError(f"{where}: chosen and rejected are the same: remove that pair")
@@ -113,9 +111,7 @@ def _dialogue(record: dict[str, Any], field: str, where: str) -> list[Message]:
     if not isinstance(answer, list) or not answer or not all(isinstance(message, dict) for message in answer):
         raise UserError(f"{where}: the field {field!r} must be a text or a list of messages")
     if answer[0].get("role") == "assistant":
-        if "prompt" not in record and "instruction" not in record:
-            raise UserError(f"{where}: the field 'prompt' is missing (it has {', '.join(map(repr, record))})")
-        prompt = record.get("prompt")
+        prompt = record.get("prompt") if "instruction" in record else get_field(record, "prompt", where)
         if prompt is None:
             before = to_dialogue({**record, "output": "-"}, "alpaca", where)[:1]
         else:
@@ -250,6 +246,7 @@ class PreferenceTuning(DialogueTask[list[int]]):
         settled = settle(config, len(lengths), tokens, width, trains_all=not self.base)
         self.config = replace(settled, block_size=block_size)
         self.epoch = self.position = 0
+        self._order = self._permutation()
         self.since = torch.zeros(3, dtype=torch.float64)  # the last validation: pairs, right ones, sum of margins
         # log q (pairs, 2). A new adapter changes nothing, so the model that is there is still the reference.
         self.reference, self.val_reference = torch.empty(0, 2), torch.empty(0, 2)
@@ -273,14 +270,15 @@ class PreferenceTuning(DialogueTask[list[int]]):
         sides = (log_p[:, 0], log_p[:, 1], log_q[:, 0], log_q[:, 1])
         return dpo_loss(*sides, self.config.beta, self.config.label_smoothing)
 
-    def _order(self) -> list[int]:
+    def _permutation(self) -> list[int]:
         return np.random.default_rng([self.config.seed, self.epoch]).permutation(len(self.pairs.examples)).tolist()
 
     def next_batch(self) -> list[int]:
         """The next pairs of an order that seed and epoch decide; the last batch of an epoch may be smaller."""
         if self.position >= len(self.pairs.examples):
             self.epoch, self.position = self.epoch + 1, 0
-        batch = self._order()[self.position : self.position + self.config.batch_size]
+            self._order = self._permutation()
+        batch = self._order[self.position : self.position + self.config.batch_size]
         self.position += len(batch)
         return batch
 
@@ -329,6 +327,7 @@ class PreferenceTuning(DialogueTask[list[int]]):
                     f"{len(pairs.examples):,} pairs where there were {len(state[name]):,}"
                 )
         self.epoch, self.position, self.since = state["epoch"], state["position"], state["since"]
+        self._order = self._permutation()
         self.reference, self.val_reference = (state[n].to(self.device) for n in ("reference", "val_reference"))
 
     def describe(self) -> str:
