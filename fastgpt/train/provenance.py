@@ -1,0 +1,78 @@
+"""What a run depends on beside its config: versions, the device, threads, the code's revision."""
+
+import json
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fastgpt
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """As config.json has it. `git` is there where fastgpt is imported from a checkout."""
+    found: dict[str, Any] = {
+        "versions": {
+            "fastgpt": fastgpt.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        },
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+    if revision := git_revision(Path(fastgpt.__file__).parents[1]):
+        found["git"] = revision
+    return found
+
+
+@cache
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+@cache
+def git_revision(root: Path) -> dict[str, Any] | None:
+    """The commit that the checkout `root` is at, and whether its tracked files differ from it; None if it is none."""
+    if not (root / ".git").exists():  # an installed package may lie within somebody's checkout of something else
+        return None
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {
+            "revision": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.SubprocessError):  # no git here, or it does not trust the folder
+        return None
+
+
+def differences(run: Path, now: dict[str, Any]) -> list[str]:
+    """How `now` differs from the environment in a run's config.json, if it has one: "torch 2.11 -> 2.13", ..."""
+    try:
+        was = json.loads((run / "config.json").read_text())
+    except FileNotFoundError:
+        return []
+    before, after = _flat(was), _flat(now)
+    return [f"{name} {before[name]} -> {after[name]}" for name in after if before.get(name, after[name]) != after[name]]
+
+
+def _flat(environment: dict[str, Any]) -> dict[str, str]:
+    """Both in config.json's form."""
+    git = environment.get("git", {})
+    return {
+        **environment.get("versions", {}),
+        **{name: str(environment[name]) for name in ("device_name", "threads", "data_sha256") if name in environment},
+        **({"git": git["revision"][:10] + ("-dirty" if git["dirty"] else "")} if git else {}),
+    }

@@ -1,0 +1,99 @@
+"""Where a run's figures can go beside its folder: TensorBoard and Weights & Biases."""
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastgpt.errors import UserError
+from fastgpt.files import atomic_write
+from fastgpt.train.config import RunConfig
+
+
+class Writer(Protocol):
+    def record(self, values: dict[str, Any]) -> None:
+        """Takes one record of metrics.jsonl."""
+
+    def sample(self, step: int, text: str) -> None:
+        """Takes what the model wrote at a validation."""
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in the run folder's tensorboard/; `tensorboard --logdir runs` shows all runs beside one another."""
+
+    def __init__(self, run: Path, first_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise _missing("--tensorboard", "tensorboard") from None
+        # What a killed run wrote after its last checkpoint is dropped, as in metrics.jsonl.
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+
+    def record(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, values["step"])
+
+    def sample(self, step: int, text: str) -> None:
+        self._writer.add_text("sample", f"```\n{text}\n```", step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run of a Weights & Biases project, under the run folder's name; wandb_id in the folder says which it is."""
+
+    def __init__(self, config: RunConfig) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise _missing("--wandb", "wandb") from None
+        path = config.out / "wandb_id"
+        if not path.exists():
+            atomic_write(path, uuid.uuid4().hex[:12] + "\n")
+        settings = json.loads((config.out / "config.json").read_text())
+        try:
+            self._run = wandb.init(
+                project=config.wandb,
+                name=config.out.name,
+                id=path.read_text().strip(),
+                resume="allow",
+                dir=str(config.out),
+                config=settings,
+            )
+        except wandb.Error as error:
+            raise UserError(f"--wandb {config.wandb}: {' '.join(str(error).split())}") from None
+        self._html = wandb.Html
+
+    def record(self, values: dict[str, Any]) -> None:
+        # Steps that a killed run has sent already are the same ones again, and wandb leaves them out.
+        self._run.log({k: v for k, v in values.items() if k != "step"}, step=values["step"])
+
+    def sample(self, step: int, text: str) -> None:
+        from html import escape
+
+        self._run.log({"sample": self._html(f"<pre>{escape(text)}</pre>")}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_writers(config: RunConfig, first_step: int) -> list[Writer]:
+    """Those that the config asks for; the run folder has its config.json already.
+
+    Raises:
+        UserError: a package is missing, or Weights & Biases refuses.
+    """
+    writers: list[Writer] = []
+    if config.tensorboard:
+        writers.append(TensorBoard(config.out, first_step))
+    if config.wandb:
+        writers.append(WandB(config))
+    return writers
+
+
+def _missing(option: str, extra: str) -> UserError:
+    return UserError(f"{option} needs the package {extra}: pip install 'fastgpt[{extra}]'")
