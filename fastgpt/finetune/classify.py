@@ -161,9 +161,7 @@ class Classification(Task[Batch]):
     def rows(self, batch: Batch) -> list[dict[str, Any]]:
         ids, lengths, targets = (t.tolist() for t in batch)
         labels = self.model.classes.labels
-        return [
-            {"ids": row[:n], "label": labels[target]} for row, n, target in zip(ids, lengths, targets, strict=True)
-        ]
+        return [{"ids": row[:n], "label": labels[target]} for row, n, target in zip(ids, lengths, targets, strict=True)]
 
     def evaluate(self) -> dict[str, float]:
         labels = self.model.classes.labels

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import fastgpt
+from fastgpt.bench.environment import device_name
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -22,21 +23,12 @@ def environment(device: torch.device) -> dict[str, Any]:
             "python": platform.python_version(),
             "numpy": np.__version__,
         },
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device_name": device_name(device.type),
         "threads": torch.get_num_threads(),
     }
     if revision := git_revision(Path(fastgpt.__file__).parents[1]):
         found["git"] = revision
     return found
-
-
-@cache
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 @cache
@@ -59,9 +51,13 @@ def git_revision(root: Path) -> dict[str, Any] | None:
 
 
 def differences(run: Path, now: dict[str, Any]) -> list[str]:
-    """How `now` differs from the environment in a run's config.json, if it has one: "torch 2.11 -> 2.13", ..."""
+    """How `now` differs from what the config.json of a run says, if it has one: ["torch 2.11 -> 2.13", ...].
+
+    Args:
+        run: a run folder, or its config.json.
+    """
     try:
-        was = json.loads((run / "config.json").read_text())
+        was = json.loads((run if run.is_file() else run / "config.json").read_text())
     except FileNotFoundError:
         return []
     before, after = _flat(was), _flat(now)

@@ -24,12 +24,10 @@ class TensorBoard:
     """Event files in the run folder's tensorboard/; `tensorboard --logdir runs` shows all runs beside one another."""
 
     def __init__(self, run: Path, first_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise _missing("--tensorboard", "tensorboard") from None
         # What a killed run wrote after its last checkpoint is dropped, as in metrics.jsonl.
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self._writer = _import_tensorboard().SummaryWriter(
+            str(run / "tensorboard"), purge_step=first_step + 1 if first_step else None
+        )
 
     def record(self, values: dict[str, Any]) -> None:
         for name, value in values.items():
@@ -47,10 +45,7 @@ class WandB:
     """A run of a Weights & Biases project, under the run folder's name; wandb_id in the folder says which it is."""
 
     def __init__(self, config: RunConfig) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise _missing("--wandb", "wandb") from None
+        wandb = _import_wandb()
         path = config.out / "wandb_id"
         if not path.exists():
             atomic_write(path, uuid.uuid4().hex[:12] + "\n")
@@ -81,6 +76,14 @@ class WandB:
         self._run.finish()
 
 
+def check_writers(config: RunConfig) -> None:
+    """Raises a UserError if a package that the config's writers need is missing."""
+    if config.tensorboard:
+        _import_tensorboard()
+    if config.wandb:
+        _import_wandb()
+
+
 def open_writers(config: RunConfig, first_step: int) -> list[Writer]:
     """Those that the config asks for; the run folder has its config.json already.
 
@@ -95,5 +98,17 @@ def open_writers(config: RunConfig, first_step: int) -> list[Writer]:
     return writers
 
 
-def _missing(option: str, extra: str) -> UserError:
-    return UserError(f"{option} needs the package {extra}: pip install 'fastgpt[{extra}]'")
+def _import_tensorboard() -> Any:
+    try:
+        from torch.utils import tensorboard
+    except ImportError:
+        raise UserError("--tensorboard needs the package tensorboard: pip install 'fastgpt[tensorboard]'") from None
+    return tensorboard
+
+
+def _import_wandb() -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs the package wandb: pip install 'fastgpt[wandb]'") from None
+    return wandb
