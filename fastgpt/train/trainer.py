@@ -365,7 +365,9 @@ class Trainer:
                 log.say(f"finished at step {self.step}: validation loss {first:.4f} -> {last:.4f}; saved {saved}")
             if best not in checkpoint.steps(c.out):  # there is no best, or somebody has moved it away
                 best = self.step
-            return TrainResult(self.step, last, first, saved, best, self.seconds, signals.received[0] if signals else None)
+            return TrainResult(
+                self.step, last, first, saved, best, self.seconds, signals.received[0] if signals else None
+            )
 
 
 def publish_best(run: Path, result: TrainResult) -> Path:
