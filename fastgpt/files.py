@@ -19,6 +19,7 @@ _ADVICE = {
     errno.EPERM: "not permitted: choose a folder that you may write to",
     errno.EROFS: "the file system is read-only: choose another folder",
     errno.ENOTDIR: "a part of that path is a file, not a folder: choose another path",
+    errno.EEXIST: "a file is there already: choose another path",
     errno.EISDIR: "that is a folder: choose another path",
     errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
 }

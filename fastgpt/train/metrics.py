@@ -41,11 +41,8 @@ class RunLog:
         self, run: Path, first_step: int, max_steps: int, loss_unit: str, writers: Sequence[Writer] = ()
     ) -> None:
         self.run, self.loss_unit, self.writers = run, loss_unit, writers
-        self.metrics_path, self.samples_path = run / "metrics.jsonl", run / "samples.jsonl"
-        self.records = [r for r in read_metrics(self.metrics_path) if r["step"] <= first_step]
-        _rewrite(self.metrics_path, self.records)
-        if self.samples_path.exists():
-            _rewrite(self.samples_path, [r for r in read_metrics(self.samples_path) if r["step"] <= first_step])
+        self.metrics_path = run / "metrics.jsonl"
+        self.records = _drop_later(self.metrics_path, first_step)
         with explained(self.metrics_path):
             self._metrics = self.metrics_path.open("a")
         self._failed: set[str] = set()
@@ -64,6 +61,8 @@ class RunLog:
         self._task = self._bar.add_task("training", total=max_steps, completed=first_step, status="")
         self._val = next((r["val_loss"] for r in reversed(self.records) if "val_loss" in r), None)
         self._printed = time.monotonic()
+        if (run / "samples.jsonl").exists():
+            self._try("samples.jsonl", lambda path: _drop_later(path, first_step))
         self._draw_from = self._printed + 5  # the first picture brings the import of matplotlib with it
 
     def __enter__(self) -> "RunLog":
@@ -133,7 +132,7 @@ class RunLog:
 
         self._try(name, append)
 
-    def _try(self, name: str, write: Callable[[Path], None]) -> None:
+    def _try(self, name: str, write: Callable[[Path], object]) -> None:
         """Writes a file of the run that it can go on without."""
         try:
             with explained(self.run / name):
@@ -156,5 +155,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _rewrite(path: Path, records: list[dict[str, Any]]) -> None:
+def _drop_later(path: Path, step: int) -> list[dict[str, Any]]:
+    """Rewrites a file of records without those of steps after `step`; returns what is left."""
+    records = [r for r in read_metrics(path) if r["step"] <= step]
     atomic_write(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    return records

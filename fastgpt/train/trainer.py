@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.errors import UserError
-from fastgpt.files import atomic_dir, atomic_write
+from fastgpt.files import atomic_dir, atomic_write, explained
 from fastgpt.train import checkpoint
 from fastgpt.train.config import RunConfig, check_same_run
 from fastgpt.train.metrics import RunLog
@@ -167,7 +167,8 @@ class Trainer:
     def _write_run(self) -> None:
         """config.json: all that is needed to repeat the run."""
         c = self.config
-        c.out.mkdir(parents=True, exist_ok=True)
+        with explained(c.out):
+            c.out.mkdir(parents=True, exist_ok=True)
         found = {**self.task.about(), **environment(self.device)}
         self._changes = differences(c.config if c.config and not c.resume else c.out, found)
         config = {**c.to_json(), "eval_interval": self.eval_interval, **found}

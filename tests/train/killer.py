@@ -17,9 +17,38 @@ import torch
 
 torch.set_num_threads(1)
 
-from fastgpt.train import TrainConfig, train, trainer  # noqa: E402
+from fastgpt.train import TrainConfig, Trainer, train, trainer  # noqa: E402
 from fastgpt.train.plots import draw_run  # noqa: E402
-from fastgpt.train.provenance import environment  # noqa: E402
+from fastgpt.train.pretrain import Pretraining  # noqa: E402
+
+
+def config(shards: Path, out: Path) -> TrainConfig:
+    return TrainConfig(
+        out=out,
+        data=shards,
+        resume=(out / "config.json").exists(),
+        preset="micro",
+        batch_size=2,
+        grad_accum=2,
+        block_size=32,
+        dropout=0.1,
+        max_steps=40,
+        eval_interval=8,
+        eval_batches=2,
+        save_interval=2,
+        sample_tokens=4,
+        precision="fp32",
+        device="cpu",
+    )
+
+
+def warm_up(shards: Path, out: Path) -> None:
+    """Imports what a run imports on its way. No backward pass: torch refuses another one in a fork."""
+    trainer.peak_flops = lambda *_: (1e12, "given")  # measuring it takes 0.2 s
+    task = Pretraining(config(shards, out), None)
+    Trainer(task.config, task, None).save()
+    task.sample()
+    draw_run([{"tokens": 1, "loss": 1.0}], out / "loss.png", "nats")
 
 
 def start(shards: Path, out: Path) -> int:
@@ -31,24 +60,7 @@ def start(shards: Path, out: Path) -> int:
         terminal = os.open(out.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(terminal, 1)
         os.dup2(terminal, 2)
-        config = TrainConfig(
-            out=out,
-            data=shards,
-            resume=(out / "config.json").exists(),
-            preset="micro",
-            batch_size=2,
-            grad_accum=2,
-            block_size=32,
-            dropout=0.1,
-            max_steps=40,
-            eval_interval=8,
-            eval_batches=2,
-            save_interval=2,
-            sample_tokens=4,
-            precision="fp32",
-            device="cpu",
-        )
-        train(config)
+        train(config(shards, out))
         code = 0
     finally:
         os._exit(code)
@@ -59,9 +71,7 @@ def half_written(out: Path) -> bool:
 
 
 def main(shards: Path, out: Path, seed: int, kills: int) -> None:
-    draw_run([{"tokens": 1, "loss": 1.0}], out / "warm.png", "nats")
-    environment(torch.device("cpu"))
-    trainer.peak_flops = lambda *_: (1e12, "given")  # measuring it takes 0.2 s
+    warm_up(shards, out / "warm")
     rng = random.Random(seed)
     began = time.monotonic()
     child = start(shards, out / "whole")
