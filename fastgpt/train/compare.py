@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from fastgpt.errors import UserError
+from fastgpt.files import explained
 from fastgpt.train.metrics import read_metrics
 from fastgpt.train.plots import draw_comparison
 
@@ -92,6 +93,8 @@ def compare(folders: Sequence[Path], out: Path) -> tuple[list[Run], dict[str, li
     for run, folder in zip(runs, folders, strict=True):
         if names.count(run.name) > 1:
             run.name = str(folder)
+    with explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     draw_comparison([(run.name, run.records) for run in runs], out, "nats")
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     values = {key: [run.settings.get(key) for run in runs] for key in keys}

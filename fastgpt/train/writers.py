@@ -26,7 +26,7 @@ class TensorBoard:
     def __init__(self, run: Path, first_step: int) -> None:
         # What a killed run wrote after its last checkpoint is dropped, as in metrics.jsonl.
         self._writer = _import_tensorboard().SummaryWriter(
-            str(run / "tensorboard"), purge_step=first_step + 1 if first_step else None
+            str(run / "tensorboard"), purge_step=first_step + 1 if first_step else 0
         )
 
     def record(self, values: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ def test_what_is_no_run_gives_one_line(tmp_path, refused):
     assert f"{tmp_path} holds no run" in refused("runs", "compare", good, tmp_path, "--out", out)
     assert "metrics.jsonl has no records yet" in refused("runs", "compare", good, empty, "--out", out)
     assert "config.json cannot be read" in refused("runs", "compare", broken, "--out", out)
-    assert "cannot write" in refused("runs", "compare", good, "--out", tmp_path / "no-such/compare.png")
+    assert "cannot write" in refused("runs", "compare", good, "--out", good / "config.json/compare.png")
     with pytest.raises(UserError, match="no run"):
         read_run(tmp_path / "nowhere")
     assert not out.exists()
