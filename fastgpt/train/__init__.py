@@ -3,7 +3,7 @@
 from fastgpt.train.config import RunConfig, TrainConfig, option
 from fastgpt.train.optimizer import AdamW, build_optimizer
 from fastgpt.train.pretrain import train, validation_loss
-from fastgpt.train.schedule import cosine_lr
+from fastgpt.train.schedule import learning_rate
 from fastgpt.train.trainer import (
     Task,
     Trainer,
@@ -25,7 +25,7 @@ __all__ = [
     "Trainer",
     "autocast",
     "build_optimizer",
-    "cosine_lr",
+    "learning_rate",
     "explained_run",
     "open_run",
     "option",
