@@ -4,8 +4,9 @@ from fastgpt.train.config import RunConfig, TrainConfig, option
 from fastgpt.train.optimizer import AdamW, build_optimizer
 from fastgpt.train.pretrain import train, validation_loss
 from fastgpt.train.schedule import learning_rate
+from fastgpt.train.task import Task
 from fastgpt.train.trainer import (
-    Task,
+    Step,
     Trainer,
     TrainResult,
     autocast,
@@ -19,14 +20,15 @@ from fastgpt.train.trainer import (
 __all__ = [
     "AdamW",
     "RunConfig",
+    "Step",
     "Task",
     "TrainConfig",
     "TrainResult",
     "Trainer",
     "autocast",
     "build_optimizer",
-    "learning_rate",
     "explained_run",
+    "learning_rate",
     "open_run",
     "option",
     "pick_device",
