@@ -50,7 +50,7 @@ def adamw_step_reference(
 ) -> None:
     """The definition, in plain torch; also what runs where there is no kernel."""
     step, lr, grad_scale = (s.double() if isinstance(s, Tensor) else s for s in (step, lr, grad_scale))
-    finite = torch.as_tensor(grad_scale).isfinite().to(params[0].device) if params else None
+    finite = torch.as_tensor(grad_scale).isfinite()
     beta1, beta2 = betas
     size = lr / (1 - beta1**step)
     root = (1 - beta2**step) ** 0.5
@@ -61,7 +61,7 @@ def adamw_step_reference(
         square = (v * beta2).addcmul_(g, g, value=1 - beta2)
         after = p * (1 - lr * weight_decay) - size * mean / (square.sqrt() / root + eps)
         for t, new in ((p, after), (m, mean), (v, square)):
-            t.copy_(torch.where(finite, new, t))
+            t.copy_(torch.where(finite.to(t.device), new, t))
         if p is not param:
             param.copy_(p)
 

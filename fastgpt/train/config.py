@@ -145,7 +145,7 @@ class TrainConfig(RunConfig):
     of a wide one."""
     mup_base_width: int = 256
     """The width (n_embd) at which --mup changes nothing, the one that --lr was found at."""
-    precision: Literal["auto", "fp32", "bf16", "bf16-weights"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "bf16-weights"] = "auto"  # type: ignore[assignment]
     """bf16 is autocast; auto measures which of fp32 and bf16 is faster here for this model; bf16-weights keeps the
     weights in bf16 too, with fp32 masters in the optimizer, which the checkpoints are written from."""
     compile: bool = False

@@ -2,17 +2,20 @@
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from fastgpt.data import PackedDataset, TokenDataset
 from fastgpt.errors import UserError
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import Tokenizer
+from fastgpt.train import mup
 from fastgpt.train.config import TrainConfig
 from fastgpt.train.optimizer import build_optimizer
 from fastgpt.train.task import Task
@@ -51,6 +54,26 @@ def validation_loss(
     return total / tokens, tokens
 
 
+def compile_loss(model: GPT, config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """`model.loss`, compiled whole; on a GPU as a CUDA graph, which does not hold gradients that accumulate.
+
+    Raises:
+        UserError: when it is called first: there is nothing here to compile with.
+    """
+    cuda = next(model.parameters()).is_cuda
+    mode = "reduce-overhead" if cuda and config.grad_accum == 1 else None
+    compiled = torch.compile(model.loss, fullgraph=True, mode=mode)
+
+    def loss(ids: Tensor, targets: Tensor) -> Tensor:
+        try:
+            return compiled(ids, targets)
+        except TorchDynamoException as error:
+            first = next(line for line in str(error).splitlines() if line.strip())
+            raise UserError(f"--compile does not work here ({first.strip()}): leave it out") from error
+
+    return loss
+
+
 class Pretraining(Task[tuple[Tensor, Tensor]]):
     """A GPT, new, from `init_from` or from the checkpoint `latest`, and the shards that it learns.
 
@@ -78,6 +101,7 @@ class Pretraining(Task[tuple[Tensor, Tensor]]):
             done = latest[0] if latest else 0
             config = replace(config, max_steps=done + max(1, round(60 * config.minutes / seconds)), minutes=None)
         self.config = config
+        self.compiled_loss = compile_loss(self.model, config) if config.compile else None
 
     def _build_model(self, config: TrainConfig, folder: Path | None) -> GPT:
         start = folder or config.init_from
@@ -87,9 +111,12 @@ class Pretraining(Task[tuple[Tensor, Tensor]]):
             sizes["n_positions"] = config.block_size
             given = {k: v for k, v in sizes.items() if v is not None}
             try:
-                return GPT(GPTConfig.preset(config.preset, vocab_size=self.tokenizer.vocab_size, **given, **dropout))
+                new = GPT(GPTConfig.preset(config.preset, vocab_size=self.tokenizer.vocab_size, **given, **dropout))
             except ValueError as error:
                 raise UserError(f"the model cannot be built: {error}") from None
+            if config.mup:
+                mup.scale_weights(new, config.mup_base_width)
+            return new
         model = GPT.from_pretrained(start)
         if (start / "tokenizer.json").exists() and Tokenizer.from_pretrained(start).hash != self.tokenizer.hash:
             raise UserError(
@@ -112,14 +139,16 @@ class Pretraining(Task[tuple[Tensor, Tensor]]):
     def _seconds_per_step(self, config: TrainConfig, block_size: int) -> float:
         """Measured on a copy of the model, so that the run itself starts as if nothing had been measured."""
         model = copy.deepcopy(self.model)
-        optimizer = build_optimizer(model, lr=0.0)
+        optimizer = build_optimizer(model, lr=0.0, name=config.optimizer, masters=config.precision == "bf16-weights")
+        model.transformer.recompute = config.recompute
+        compute_loss = compile_loss(model, config) if config.compile else model.loss
         ids = torch.randint(model.config.vocab_size, (config.batch_size, block_size + 1)).to(self.device)
         times = []
         for _ in range(6):
             start = time.perf_counter()
             for _ in range(config.grad_accum):
                 with autocast(self.device, config.precision):
-                    loss = model.loss(ids[:, :-1], ids[:, 1:])
+                    loss = compute_loss(ids[:, :-1], ids[:, 1:])
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -131,8 +160,8 @@ class Pretraining(Task[tuple[Tensor, Tensor]]):
         return self.train_data.next_batch(self.config.batch_size)  # (B, T), (B, T)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        ids, targets = batch
-        return self.model.loss(ids.to(self.device), targets.to(self.device))
+        ids, targets = (t.to(self.device) for t in batch)
+        return (self.compiled_loss or self.model.loss)(ids, targets)
 
     def tokens(self, batch: tuple[Tensor, Tensor]) -> int:
         return batch[0].numel()
@@ -146,6 +175,14 @@ class Pretraining(Task[tuple[Tensor, Tensor]]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.train_data.load_state_dict(state)
+
+    def optimizer_options(self) -> dict[str, Any]:
+        c = self.config
+        return {
+            "name": c.optimizer,
+            "lr_scales": mup.lr_scales(self.model, c.mup_base_width, c.optimizer) if c.mup else None,
+            "masters": c.precision == "bf16-weights",
+        }
 
     def write_model(self, folder: Path) -> None:
         self.model.save_pretrained(folder)

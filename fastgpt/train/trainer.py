@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch import Tensor
 import fastgpt
 from fastgpt.errors import UserError
 from fastgpt.files import atomic_dir, atomic_write
+from fastgpt.model.gpt import Transformer
 from fastgpt.train import checkpoint
 from fastgpt.train.config import RunConfig, check_same_run
 from fastgpt.train.metrics import RunLog
@@ -83,13 +84,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_precision(name: str, device: torch.device, rows: int, width: int) -> Literal["fp32", "bf16"]:
+def pick_precision(name: str, device: torch.device, rows: int, width: int) -> Any:
     """The precision of a `--precision` option, for matmuls of (rows, width): `auto` measures which is faster."""
-    return faster_precision(device, rows, width) if name == "auto" else name  # type: ignore[return-value]
+    return faster_precision(device, rows, width) if name == "auto" else name
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """What a forward pass in `precision` ("fp32" or "bf16") runs under."""
+    """What a forward pass in `precision` runs under; weights that are bf16 themselves need nothing."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
@@ -168,6 +169,9 @@ class Trainer:
             config.grad_clip,
             **task.optimizer_options(),
         )
+        for module in task.model.modules():
+            if isinstance(module, Transformer):
+                module.recompute = config.recompute
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self._clock, self._read = 0.0, 0  # when a step's figures were last read, and the tokens by then
         # On a GPU a step's loss is read when the next one is launched, so that the host never lets the device wait. A

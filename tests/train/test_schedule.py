@@ -18,9 +18,7 @@ KNOWN = {  # step -> rate, of a run of 110 steps from 1 to 0.1 after 10 of warm-
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_known_points(schedule):
     for step, rate in {0: 0.1, 9: 1.0, **KNOWN[schedule], 110: 0.1, 1000: 0.1}.items():
-        found = learning_rate(
-            step, schedule, lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=110, decay_steps=40
-        )
+        found = learning_rate(step, schedule, lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=110, decay_steps=40)
         assert found == pytest.approx(rate), step
 
 
@@ -33,9 +31,7 @@ def test_known_points(schedule):
 )
 def test_rises_then_falls_and_stays_between(schedule, warmup, steps, decay, min_lr):
     rates = [
-        learning_rate(
-            s, schedule, lr=1.0, min_lr=min_lr, warmup_steps=warmup, max_steps=steps, decay_steps=decay
-        )
+        learning_rate(s, schedule, lr=1.0, min_lr=min_lr, warmup_steps=warmup, max_steps=steps, decay_steps=decay)
         for s in range(steps + 2)
     ]
     assert all(a <= b + 1e-12 for a, b in pairwise(rates[:warmup]))
