@@ -9,7 +9,8 @@ For a matrix of r rows and c columns, g its clipped gradient:
 The iteration is a polynomial in each singular value that sends all of (0, 1] to about 0.7 to 1.2, so that X is near to
 U V^T of u = U S V^T; its coefficients are the published ones, chosen to lift small values fast rather than to reach 1.
 The factor makes the entries' root mean square 0.2, which is about AdamW's: both can share lr and decay (Liu et al.
-2025, arXiv:2502.16982). A fused c_attn is three matrices, q, k and v, each made orthogonal by itself, as Jordan recommends.
+2025, arXiv:2502.16982). A fused c_attn is three matrices, q, k and v, each made orthogonal by itself, as Jordan
+recommends.
 
 A step costs about 25 C FLOPs per parameter at width C, as much as forward and backward on 4 C tokens: little beside the
 large batches of a GPU, much beside the small ones of a CPU.
