@@ -17,12 +17,13 @@ large batches of a GPU, much beside the small ones of a CPU.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgpt.train.optimizer import AdamW, zeros_like
+from fastgpt.train.optimizer import AdamW
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -31,7 +32,7 @@ RMS = 0.2
 
 
 def orthogonalize(u: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Matrices (..., r, c) with the singular vectors of `u` and all singular values near 1; zero stays zero.
+    """Matrices (n, r, c) with the singular vectors of `u` and all singular values near 1; zero stays zero.
 
     Args:
         dtype: to multiply in. bfloat16 is enough, and the faster one where the hardware has it.
@@ -42,7 +43,7 @@ def orthogonalize(u: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
@@ -51,7 +52,14 @@ class Muon(AdamW):
 
     The clipping, `grad_norm`, the masters and what happens to gradients that are not finite are AdamW's, over all
     groups. A Muon parameter keeps one moment, `state["momentum_buffer"]`.
+
+    Args:
+        dtype: to orthogonalize in.
     """
+
+    def __init__(self, params: Iterable[Any], *, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.dtype = dtype
 
     def _is_ours(self, params: list[Tensor]) -> bool:
         return True
@@ -62,15 +70,14 @@ class Muon(AdamW):
             return
         lr, finite = group["lr"], factor.isfinite()
         for p in (p for p in group["params"] if p.grad is not None):
+            self._make_state(p, "momentum_buffer")
             state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = zeros_like(p)
+            state["step"] += 1
             moment = state["momentum_buffer"]
             grad = p.grad.to(moment.dtype) * factor
             mean = moment.lerp(grad, 1 - MOMENTUM)
             parts = grad.lerp(mean, MOMENTUM).unflatten(0, (group["muon_parts"], -1))  # (parts, r, c)
-            # A CPU without AMX multiplies bf16 more slowly than fp32.
-            update = orthogonalize(parts, torch.bfloat16 if p.is_cuda else torch.float32).flatten(0, 1)
+            update = orthogonalize(parts, self.dtype).flatten(0, 1)
             value = state.get("master", p)
             size = lr * RMS * math.sqrt(max(parts.shape[1:]))
             after = (value * (1 - lr * group["weight_decay"])).sub_(update, alpha=size)

@@ -84,11 +84,7 @@ class AdamW(torch.optim.AdamW):
         self._move_steps(group, "cpu")  # a number that is known here: nothing waits for it
         params = [p for p in group["params"] if p.grad is not None]
         for p in params:
-            state = self.state[p]
-            if "step" not in state:
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"] = zeros_like(p)
-                state["exp_avg_sq"] = zeros_like(p)
+            self._make_state(p, "exp_avg", "exp_avg_sq")
         if params:
             torch._foreach_add_([self.state[p]["step"] for p in params], 1)
         alike = defaultdict(list)  # one call takes one step and one dtype; usually all parameters have the same
@@ -110,11 +106,20 @@ class AdamW(torch.optim.AdamW):
                 masters=[self.state[p]["master"] for p in params] if has_masters else None,
             )
 
+    def _make_state(self, p: Tensor, *names: str) -> None:
+        """Zeros, where they are not there yet, for the sums that an update keeps: float32 for 16-bit parameters."""
+        state = self.state[p]
+        state.setdefault("step", torch.tensor(0.0))
+        for name in names:
+            if name not in state:
+                dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+                state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+
     def _move_steps(self, group: dict[str, Any], device: str | None) -> None:
         """To `device`, or to each one's parameter: torch's fused update wants them there, and so loads them there."""
         for p in group["params"]:
             state = self.state.get(p)
-            if state and "step" in state and state["step"].device != (wanted := torch.device(device or p.device)):
+            if state and state["step"].device != (wanted := torch.device(device or p.device)):
                 state["step"] = state["step"].to(wanted)
 
     @torch.no_grad()
@@ -122,6 +127,7 @@ class AdamW(torch.optim.AdamW):
         """Makes the float32 parameters bfloat16 and keeps their values of now as their masters."""
         for p in (p for group in self.param_groups for p in group["params"]):
             if p.dtype == torch.float32:
+                self._make_state(p)
                 self.state[p]["master"] = p.detach().clone()
                 p.data = p.data.bfloat16()
 
@@ -150,12 +156,6 @@ class AdamW(torch.optim.AdamW):
                 p.copy_(self.state[p]["master"])
 
 
-def zeros_like(p: Tensor) -> Tensor:
-    """What an update sums up for a parameter: of its layout, float32 for 16-bit ones."""
-    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-
-
 def _is_plain(p: Tensor) -> bool:
     """Whether the kernels take this parameter with what torch keeps for it: its moments, of its own dtype."""
     grad = p.grad
@@ -178,6 +178,7 @@ def build_optimizer(
     name: OptimizerName = "adamw",
     lr_scales: Mapping[str, float] | None = None,
     masters: bool = False,
+    muon_dtype: torch.dtype = torch.float32,
 ) -> AdamW:
     """The optimizer of the model's trainable parameters; matrices and embeddings decay, vectors (biases, norms) do not.
 
@@ -188,6 +189,7 @@ def build_optimizer(
         name: "adamw", or "muon": Muon for the matrices inside of blocks, AdamW for the rest (see `Muon`).
         lr_scales: factors on the learning rate by parameter name, 1 where there is none. The decay of such a parameter
             is divided by its factor, so that a step shrinks all weights alike (Wortsman et al. 2023, arXiv:2309.14322).
+        muon_dtype: that Muon multiplies in; bfloat16 is enough for it, where it is the faster one.
         masters: makes the parameters bfloat16, with float32 masters (see `AdamW.keep_masters`).
     """
     from fastgpt.train.muon import Muon
@@ -213,8 +215,8 @@ def build_optimizer(
     ]
     # One pass over all parameters where torch has it; on a CPU it is the faster one too.
     fused = all(p.device.type in ("cpu", "cuda") for group in groups.values() for p in group)
-    kind = Muon if name == "muon" else AdamW
-    optimizer = kind(given, grad_clip=grad_clip, lr=lr, betas=betas, fused=fused)
+    options: dict[str, Any] = {"grad_clip": grad_clip, "lr": lr, "betas": betas, "fused": fused}
+    optimizer = Muon(given, dtype=muon_dtype, **options) if name == "muon" else AdamW(given, **options)
     if masters:
         optimizer.keep_masters()
     return optimizer

@@ -182,6 +182,7 @@ class Pretraining(Task[tuple[Tensor, Tensor]]):
             "name": c.optimizer,
             "lr_scales": mup.lr_scales(self.model, c.mup_base_width, c.optimizer) if c.mup else None,
             "masters": c.precision == "bf16-weights",
+            "muon_dtype": torch.float32 if c.precision == "fp32" else torch.bfloat16,
         }
 
     def write_model(self, folder: Path) -> None:
