@@ -69,7 +69,7 @@ def compile_loss(model: GPT, config: TrainConfig) -> Callable[[Tensor, Tensor], 
             return compiled(ids, targets)
         except TorchDynamoException as error:
             first = next(line for line in str(error).splitlines() if line.strip())
-            raise UserError(f"--compile does not work here ({first.strip()}): leave it out") from error
+            raise UserError(f"--compile does not work here ({first.strip()}): mend that or leave it out") from error
 
     return loss
 
@@ -160,7 +160,10 @@ class Pretraining(Task[tuple[Tensor, Tensor]]):
         return self.train_data.next_batch(self.config.batch_size)  # (B, T), (B, T)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        ids, targets = (t.to(self.device) for t in batch)
+        ids, targets = batch
+        if self.device.type == "cuda":  # from pinned memory the host need not wait for the copy
+            ids, targets = ids.pin_memory(), targets.pin_memory()
+        ids, targets = (t.to(self.device, non_blocking=True) for t in (ids, targets))
         return (self.compiled_loss or self.model.loss)(ids, targets)
 
     def tokens(self, batch: tuple[Tensor, Tensor]) -> int:
