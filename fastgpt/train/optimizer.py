@@ -29,7 +29,7 @@ class AdamW(torch.optim.AdamW):
     had to be read for that. (`step` in the state counts our steps of that kind; torch's fused update does not.)
 
     `keep_masters` makes the parameters bfloat16; their float32 values are then `state["master"]`, which each update
-    reads and writes, and both moments are float32.
+    reads and writes, and both moments are float32. Gradients are bfloat16 too, also where passes accumulate in them.
     """
 
     def __init__(self, params: Iterable[Any], *, grad_clip: float = 0.0, **options: Any) -> None:

@@ -95,12 +95,12 @@ class Pretraining(Task[tuple[Tensor, Tensor]]):
         self.flops_per_token = self.model.config.flops_per_token(block_size)
         rows = config.batch_size * block_size
         precision = pick_precision(config.precision, self.device, rows, self.model.config.n_embd)
-        config = replace(config, block_size=block_size, precision=precision)
+        self.config = config = replace(config, block_size=block_size, precision=precision)
         if config.minutes is not None:
             seconds = self._seconds_per_step(config, block_size)
             done = latest[0] if latest else 0
-            config = replace(config, max_steps=done + max(1, round(60 * config.minutes / seconds)), minutes=None)
-        self.config = config
+            steps = done + max(1, round(60 * config.minutes / seconds))
+            self.config = config = replace(config, max_steps=steps, minutes=None)
         self.compiled_loss = compile_loss(self.model, config) if config.compile else None
 
     def _build_model(self, config: TrainConfig, folder: Path | None) -> GPT:
@@ -139,7 +139,7 @@ class Pretraining(Task[tuple[Tensor, Tensor]]):
     def _seconds_per_step(self, config: TrainConfig, block_size: int) -> float:
         """Measured on a copy of the model, so that the run itself starts as if nothing had been measured."""
         model = copy.deepcopy(self.model)
-        optimizer = build_optimizer(model, lr=0.0, name=config.optimizer, masters=config.precision == "bf16-weights")
+        optimizer = build_optimizer(model, lr=0.0, **self.optimizer_options())
         model.transformer.recompute = config.recompute
         compute_loss = compile_loss(model, config) if config.compile else model.loss
         ids = torch.randint(model.config.vocab_size, (config.batch_size, block_size + 1)).to(self.device)
