@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_optimizer import NothingIsRead
 
 from fastgpt import GPT
 from fastgpt.train import TrainConfig, Trainer, checkpoint, metrics, open_run, train
@@ -87,6 +88,31 @@ def test_a_checkpoint_of_bf16_weights_holds_their_masters(shards, tmp_path):
     trainer = Trainer(task.config, task, latest)
     trainer.save()
     assert {p.dtype for p in task.model.parameters()} == {torch.bfloat16}
+    assert task.model.generate(torch.zeros(1, 1, dtype=torch.int64), 3).shape == (1, 4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"precision": "bf16-weights", "optimizer": "muon"}], ids=str)
+def test_a_step_reads_nothing_from_the_device(shards, tmp_path, changes):
+    """Loss and norm are tensors when it is launched, and nothing in it waits for a number."""
+    task = Pretraining(config(shards, tmp_path / "run", **changes), None)
+    trainer = Trainer(task.config, task, None)
+    with NothingIsRead(trainer.optimizer):
+        steps = [trainer.train_step() for _ in range(2)]
+    assert all(step.loss.item() > 0 < step.grad_norm.item() for step in steps)
+
+
+def test_a_nan_batch_costs_an_update_and_not_the_weights(shards, tmp_path, monkeypatch):
+    """The trainer learns of it a step later; the weights it then has are good."""
+    task = Pretraining(config(shards, tmp_path / "run", grad_accum=1), None)
+    trainer = Trainer(task.config, task, None)
+    trainer.train_step()
+    before = [p.detach().clone() for p in task.model.parameters()]
+    with monkeypatch.context() as patch:
+        patch.setattr(task, "loss", lambda batch: type(task).loss(task, batch) * float("nan"))
+        assert trainer.train_step().loss.isnan()
+    assert all(torch.equal(p, b) for p, b in zip(task.model.parameters(), before, strict=True))
+    assert trainer.train_step().loss.isfinite()
+    assert not any(torch.equal(p, b) for p, b in zip(task.model.parameters(), before, strict=True))
 
 
 def test_recomputing_changes_no_loss(shards, tmp_path):
