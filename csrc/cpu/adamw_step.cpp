@@ -5,7 +5,7 @@
 //   m = m + (1 - beta1) * (g - m)            v = beta2 * v + (1 - beta2) * g^2
 //   p = p - lr / (1 - beta1^k) * m / (sqrt(v) / sqrt(1 - beta2^k) + eps)
 //
-// With masters, p is read from and written to its fp32 master, and the parameter gets the rounded copy. Memory decides:
+// and nothing where grad_scale is not finite. With masters, p is read from and written to its fp32 master, and the parameter gets the rounded copy. Memory decides:
 // 28 bytes an element in fp32 (g read; p, m and v read and written). Threads share the elements of all tensors as if
 // they were one, so neither many small tensors nor one large one leaves a thread idle. An element's result depends on
 // no other: the same bits for any number of threads.
@@ -107,6 +107,7 @@ void adamw_step(
   dispatch_float(params[0], kName, [&](auto tag) {
     using T = decltype(tag);
     using A = acc_t<T>;
+    if (!std::isfinite(static_cast<A>(read_scalar(grad_scale, "grad_scale")))) return;
     const Step<A> s{
         static_cast<A>(read_scalar(grad_scale, "grad_scale")),
         static_cast<A>(1 - rate * weight_decay),

@@ -1,12 +1,14 @@
 // The norm of all gradients, and the factor that clips it (Pascanu, Mikolov, Bengio 2013), on CPUs:
 //
-//   norm = sqrt(sum over all elements of g^2)        factor = min(1, max_norm / (norm + 1e-6))
+//   norm = sqrt(sum over all elements of g^2)        factor = min(1, max_norm / (norm + 1e-6)), or NaN
 //
 // The gradients are read once and not written: the factor goes to adamw_step's grad_scale. Squares are taken and summed
 // in double, which costs nothing where memory decides: fp32 squares overflow from 1.8e19 and vanish below 1e-23.
 // Sums are over pieces of 64 thousand elements, then over the pieces in order: the same bits for any number of threads.
-// NaN and infinity pass through: their norm is NaN or infinity.
+// NaN and infinity pass through: their norm is NaN or infinity. The factor is then NaN, which tells adamw_step to leave
+// everything as it is.
 
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 #include <vector>
@@ -48,12 +50,12 @@ FASTGPT_SQUARES(BFloat16, float)
 FASTGPT_SQUARES(Half, float)
 #undef FASTGPT_SQUARES
 
-void put(Tensor& t, double value) {
-  if (t.scalar_type() == ScalarType::Double) {
-    *static_cast<double*>(t.mutable_data_ptr()) = value;
-  } else {
-    *static_cast<float*>(t.mutable_data_ptr()) = static_cast<float>(value);
-  }
+template <typename O>
+void put(Tensor& norm, Tensor& factor, double n, double max_norm) {
+  const O rounded = static_cast<O>(n);
+  const double f = std::isfinite(rounded) ? std::min(1.0, max_norm / (n + 1e-6)) : std::nan("");
+  *static_cast<O*>(norm.mutable_data_ptr()) = rounded;
+  *static_cast<O*>(factor.mutable_data_ptr()) = static_cast<O>(f);
 }
 
 }  // namespace
@@ -86,12 +88,11 @@ std::tuple<Tensor, Tensor> clip_grad_norm(std::vector<Tensor> grads, double max_
   });
   double total = 0;
   for (const double sum : sums) total += sum;
-  const double norm = std::sqrt(total), factor = max_norm / (norm + 1e-6);
-  Tensor norm_out = make_empty(grads[0], {}, out);
-  Tensor factor_out = make_empty(grads[0], {}, out);
-  put(norm_out, norm);
-  put(factor_out, factor > 1 ? 1 : factor);  // NaN stays NaN
-  return {norm_out, factor_out};
+  Tensor norm = make_empty(grads[0], {}, out);
+  Tensor factor = make_empty(grads[0], {}, out);
+  out == ScalarType::Double ? put<double>(norm, factor, std::sqrt(total), max_norm)
+                            : put<float>(norm, factor, std::sqrt(total), max_norm);
+  return {norm, factor};
 }
 
 }  // namespace fastgpt

@@ -4,6 +4,8 @@
 //   m = m + (1 - beta1) * (g - m),  v = beta2 * v + (1 - beta2) * g^2
 //   p = p - lr / (1 - beta1^k) * m / (sqrt(v) / sqrt(1 - beta2^k) + eps)
 //
+// and nothing where grad_scale is not finite.
+//
 // Memory decides: 28 bytes an element, in fp32 as with 16-bit parameters and masters. One launch takes up to 600
 // tensors, whose table is in the kernel's parameters; four blocks an SM take chunks of 4,096 elements in turn, and a
 // thread has up to 8 loads of 16 bytes in flight. step, lr and grad_scale may be on the device: thread 0 of each block
@@ -12,6 +14,7 @@
 #include "tensor_list.cuh"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 namespace fastgpt {
@@ -76,6 +79,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kBlocksPerSM) a
   }
   __syncthreads();
   const Step<A> s = shared;
+  if (!isfinite(s.scale)) return;  // in all blocks alike
   constexpr int N = 16 / sizeof(T);
   constexpr int kAhead = sizeof(T) == 4 ? 2 : 1;  // vectors that a thread loads before it computes: what registers hold
   for_chunks(table, kChunk, [&](int t, int64_t first, int count) {

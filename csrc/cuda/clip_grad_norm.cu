@@ -1,6 +1,6 @@
 // The norm of all gradients, and the factor that clips it, on GPUs; the math is the CPU kernel's:
 //
-//   norm = sqrt(sum over all elements of g^2)        factor = min(1, max_norm / (norm + 1e-6))
+//   norm = sqrt(sum over all elements of g^2)        factor = min(1, max_norm / (norm + 1e-6)), or NaN
 //
 // Memory decides: the gradients are read once and not written. A fixed grid of four blocks an SM takes chunks of 8,192
 // elements in turn, in one launch for each dtype, and leaves one sum a block in `partial`; a second kernel of one block
@@ -11,6 +11,7 @@
 #include "tensor_list.cuh"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <tuple>
 #include <vector>
@@ -78,8 +79,9 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(
   block_sum(sum, none, scratch);
   if (threadIdx.x == 0) {
     const double n = sqrt(sum), f = max_norm / (n + 1e-6);
-    *norm = static_cast<O>(n);
-    *factor = static_cast<O>(f > 1 ? 1 : f);  // NaN stays NaN
+    const O rounded = static_cast<O>(n);
+    *norm = rounded;
+    *factor = static_cast<O>(!isfinite(rounded) ? NAN : f > 1 ? 1 : f);
   }
 }
 

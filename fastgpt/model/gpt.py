@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
 from fastgpt.model.config import GPTConfig
@@ -64,8 +65,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None, cu_seqlens: Tensor | None) -> Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each, views of one tensor
+        q, k, v = ops.split_heads(self.c_attn(x), self.n_head)  # (B, H, T, D) each, views of one tensor
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         dropout = self.attn_pdrop if self.training else 0.0
@@ -103,7 +103,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """All of it but the classifier."""
+    """All of it but the classifier.
+
+    With `recompute` set, a block keeps for backward only what went into it, and backward runs it again (Chen et al.
+    2016, arXiv:1604.06174), with the same dropout: memory for a third more work, and the same gradients.
+    """
+
+    recompute = False
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -125,7 +131,10 @@ class Transformer(nn.Module):
         x = self.drop(x)
         residual: Tensor | None = None
         for block in self.h:
-            x, residual = block(x, residual, cache, cu_seqlens)
+            if self.recompute and torch.is_grad_enabled():
+                x, residual = checkpoint(block, x, residual, cache, cu_seqlens, use_reentrant=False)
+            else:
+                x, residual = block(x, residual, cache, cu_seqlens)
         if cache is not None:
             cache.advance(ids.size(1))
         assert residual is not None  # there is at least one block

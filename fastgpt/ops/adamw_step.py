@@ -7,6 +7,9 @@ For each element, at step k, in fp32 (fp64 for float64):
     m = m + (1 - beta1) * (g - m)            v = beta2 * v + (1 - beta2) * g^2
     p = p - lr / (1 - beta1^k) * m / (sqrt(v) / sqrt(1 - beta2^k) + eps)
 
+Where grad_scale is NaN or infinite, nothing changes: a gradient that is not finite, which `clip_grad_norm` finds on the
+device, costs a run one update and not its weights. Who counts the steps counts this one too.
+
 With masters, p is read from and written to its fp32 master, and the parameter gets the rounded copy: a bf16 parameter
 alone has 8 bits, and an update of less than 1/512 of it would be lost.
 
@@ -47,16 +50,18 @@ def adamw_step_reference(
 ) -> None:
     """The definition, in plain torch; also what runs where there is no kernel."""
     step, lr, grad_scale = (s.double() if isinstance(s, Tensor) else s for s in (step, lr, grad_scale))
+    finite = torch.as_tensor(grad_scale).isfinite()
     beta1, beta2 = betas
     size = lr / (1 - beta1**step)
     root = (1 - beta2**step) ** 0.5
     for i, (param, grad, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         g = (grad.to(m.dtype) * grad_scale).to(m.dtype)  # a 0-dim gradient would take on grad_scale's dtype
         p = masters[i] if masters else param.to(m.dtype)
-        p.mul_(1 - lr * weight_decay)
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        p.sub_(size * m / (v.sqrt() / root + eps))
+        mean = m.lerp(g, 1 - beta1)
+        square = (v * beta2).addcmul_(g, g, value=1 - beta2)
+        after = p * (1 - lr * weight_decay) - size * mean / (square.sqrt() / root + eps)
+        for t, new in ((p, after), (m, mean), (v, square)):
+            t.copy_(torch.where(finite.to(t.device), new, t))
         if p is not param:
             param.copy_(p)
 
@@ -89,7 +94,8 @@ def adamw_step(
         betas: decay rates of the two running means, in [0, 1).
         eps: added to the denominator; at least 0.
         weight_decay: decoupled decay; at least 0.
-        grad_scale: a factor on all gradients, such as `clip_grad_norm` returns.
+        grad_scale: a factor on all gradients, such as `clip_grad_norm` returns; with NaN or infinity the call does
+            nothing.
         masters: for 16-bit parameters, their float32 values, which are updated in their place.
 
     `step`, `lr` and `grad_scale` may be 0-dim tensors (float32, float64, int64) on the parameters' device. They are

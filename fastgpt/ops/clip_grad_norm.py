@@ -1,10 +1,10 @@
 """The norm of all gradients and the factor that clips it (Pascanu, Mikolov, Bengio 2013, arXiv:1211.5063).
 
     norm   = sqrt(sum over all elements of g^2)
-    factor = min(1, max_norm / (norm + 1e-6))
+    factor = min(1, max_norm / (norm + 1e-6)), NaN where the norm is not finite
 
 The gradients are read once and not written: `adamw_step(grad_scale=factor)` applies the factor where it reads them
-anyway. torch.nn.utils.clip_grad_norm_ reads them twice and writes them once.
+anyway, and does nothing where it is NaN. torch.nn.utils.clip_grad_norm_ reads them twice and writes them once.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,8 @@ def clip_grad_norm_reference(grads: Sequence[Tensor], max_norm: float) -> tuple[
     norms = torch._foreach_norm(list(grads), 2, dtype=torch.float64)
     norm = torch.linalg.vector_norm(torch.stack(norms))
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return norm.to(_dtype(grads)), factor.to(_dtype(grads))
+    norm = norm.to(_dtype(grads))
+    return norm, torch.where(norm.isfinite(), factor, torch.nan).to(norm.dtype)
 
 
 @torch.no_grad()
@@ -39,7 +40,7 @@ def clip_grad_norm(grads: Sequence[Tensor], max_norm: float) -> tuple[Tensor, Te
     Returns:
         (norm, factor): 0-dim tensors on the gradients' device, so that nothing waits for them; float64 if any gradient
         is, else float32. Both are bitwise the same from run to run. A NaN or infinity in a gradient makes the norm NaN
-        or infinity, and the factor NaN or 0. Not differentiable.
+        or infinity, and the factor NaN; so does a norm too large for its dtype. Not differentiable.
 
     Raises:
         TypeError: a gradient is no dense tensor of these dtypes.

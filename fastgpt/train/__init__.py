@@ -3,7 +3,7 @@
 from fastgpt.train.config import RunConfig, TrainConfig, option
 from fastgpt.train.optimizer import AdamW, build_optimizer
 from fastgpt.train.pretrain import train, validation_loss
-from fastgpt.train.schedule import cosine_lr
+from fastgpt.train.schedule import learning_rate
 from fastgpt.train.task import Task
 from fastgpt.train.trainer import (
     Step,
@@ -27,8 +27,8 @@ __all__ = [
     "Trainer",
     "autocast",
     "build_optimizer",
-    "cosine_lr",
     "explained_run",
+    "learning_rate",
     "open_run",
     "option",
     "pick_device",

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from fastgpt.errors import UserError
+from fastgpt.train.optimizer import OptimizerName
+from fastgpt.train.schedule import Schedule
 
 Config = TypeVar("Config", bound="RunConfig")
 
@@ -31,7 +33,12 @@ class RunConfig:
     lr: float | None = None
     """Peak learning rate."""
     min_lr: float | None = None
-    """Learning rate at the end of the cosine; a tenth of --lr if not given."""
+    """Learning rate at the end; if not given, a tenth of --lr for the cosine and 0 for the other schedules."""
+    schedule: Schedule = "cosine"
+    """After the warm-up: cosine falls to --min-lr over the whole run, linear too, and wsd stays at --lr and falls only
+    over the last --decay-steps, so that a longer --max-steps can be decided on until then."""
+    decay_steps: int | None = None
+    """Steps over which --schedule wsd falls at the end of the run, as 1 - sqrt; a fifth of --max-steps if not given."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; a fifth of --max-steps, at most 500, if not given: short runs need that much."""
     weight_decay: float = 0.1
@@ -60,12 +67,15 @@ class RunConfig:
     """cpu, cuda, cuda:1, or auto: a GPU if there is one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 is autocast; auto measures which of the two is faster here for this model."""
+    recompute: bool = False
+    """Keep only the input of each block for the backward pass, which makes the rest again: a third more work, and
+    memory for many more tokens in a batch. The losses are the same."""
 
     command: ClassVar[str] = ""  # what makes and resumes such a run
     # What may differ between the calls of one run: it changes nothing of the steps that were made already.
     changeable: ClassVar[set[str]] = {
         *("out", "resume", "config", "device", "max_steps", "eval_interval", "save_interval", "keep"),
-        *("skip_nan", "tensorboard", "wandb"),
+        *("decay_steps", "recompute", "skip_nan", "tensorboard", "wandb"),
     }
 
     def __post_init__(self) -> None:
@@ -74,7 +84,7 @@ class RunConfig:
             if "Path" in str(f.type) and value is not None:
                 setattr(self, f.name, Path(value))
         self._at_least(1, "batch_size", "grad_accum", "max_steps", "eval_interval", "save_interval", "keep")
-        self._at_least(0, "lr", "weight_decay", "grad_clip", "min_lr", "warmup_steps")
+        self._at_least(0, "lr", "weight_decay", "grad_clip", "min_lr", "warmup_steps", "decay_steps")
         self._share("beta1", "beta2")
 
     def _at_least(self, least: float, *names: str) -> None:
@@ -138,6 +148,19 @@ class TrainConfig(RunConfig):
     """Optimizer steps of the whole run."""
     lr: float = 1e-3
     """Peak learning rate."""
+    optimizer: OptimizerName = "adamw"
+    """adamw, or muon: orthogonalized momentum for the matrices inside of the blocks, AdamW for the rest, by one --lr.
+    Muon often needs fewer steps; it pays where a step has many tokens, several thousand for each matrix row."""
+    mup: bool = False
+    """Scale initial weights and learning rates with the width (muP), so that the best --lr of a small model is the best
+    of a wide one."""
+    mup_base_width: int = 256
+    """The width (n_embd) at which --mup changes nothing, the one that --lr was found at."""
+    precision: Literal["auto", "fp32", "bf16", "bf16-weights"] = "auto"  # type: ignore[assignment]
+    """bf16 is autocast; auto measures which of fp32 and bf16 is faster here for this model; bf16-weights keeps the
+    weights in bf16 too, with fp32 masters in the optimizer, which the checkpoints are written from."""
+    compile: bool = False
+    """Compile the loss with torch.compile, which needs a C++ compiler, on a GPU Triton, and a minute at the start."""
     minutes: float | None = None
     """Instead of --max-steps: as many steps as take this long here, which is measured first."""
     eval_batches: int = 20
@@ -154,7 +177,7 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(1, "eval_batches", "block_size")
+        self._at_least(1, "eval_batches", "block_size", "mup_base_width")
         self._at_least(0, "minutes", "sample_tokens")
         self._share("dropout")
 

@@ -1,25 +1,35 @@
-"""AdamW with decay on matrices only and the gradient's norm clipped in the same call."""
+"""The update of a model's weights: AdamW or Muon, the gradient's norm clipped in the same call, fp32 masters."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastgpt import ops
+from fastgpt.errors import UserError
+from fastgpt.model.gpt import Block
 from fastgpt.ops import registry
+
+OptimizerName = Literal["adamw", "muon"]
 
 
 class AdamW(torch.optim.AdamW):
     """torch's AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), whose step() clips the whole gradient's norm first.
 
     Where `ops.adamw_step` and `ops.clip_grad_norm` have kernels, they do it: the gradients are then left as they are,
-    because the factor goes into the update. Elsewhere (no kernel, 16-bit or sharded parameters, amsgrad and the like)
-    torch's own do it, and scale the gradients. The state is torch's: either side goes on with the other's.
+    because the factor goes into the update. Elsewhere (no kernel, 16-bit parameters without masters, sharded ones,
+    amsgrad and the like) torch's own do it, and scale the gradients. The state is torch's: either side goes on with the
+    other's.
 
     After a step, `grad_norm` is the norm before clipping: a tensor on the parameters' device, so that reading it late
-    costs no synchronization.
+    costs no synchronization. Where it is NaN or infinite, the step has changed neither weights nor moments, and nothing
+    had to be read for that. (`step` in the state counts our steps of that kind; torch's fused update does not.)
+
+    `keep_masters` makes the parameters bfloat16; their float32 values are then `state["master"]`, which each update
+    reads and writes, and both moments are float32. Gradients are bfloat16 too, also where passes accumulate in them.
     """
 
     def __init__(self, params: Iterable[Any], *, grad_clip: float = 0.0, **options: Any) -> None:
@@ -35,19 +45,32 @@ class AdamW(torch.optim.AdamW):
                 loss = closure()
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         limit = self.grad_clip if self.grad_clip > 0 else float("inf")
-        if self._has_kernel(params):
+        if self._is_ours(params):
             self.grad_norm, factor = ops.clip_grad_norm([p.grad for p in params], limit)
             for group in self.param_groups:
                 self._update(group, factor)
         else:
-            self.grad_norm = nn.utils.clip_grad_norm_(params, limit)
-            for group in self.param_groups:
-                if group["fused"]:
-                    self._move_steps(group, None)
-            super().step()
+            self._step_by_torch(params, limit)
         return loss
 
-    def _has_kernel(self, params: list[Tensor]) -> bool:
+    def _step_by_torch(self, params: list[Tensor], limit: float) -> None:
+        self.grad_norm = nn.utils.clip_grad_norm_(params, limit)
+        for group in self.param_groups:
+            if group["fused"]:
+                self._move_steps(group, None)
+        scaler = getattr(self, "found_inf", None)
+        if scaler is None:  # torch's fused update skips where this is 1
+            self.found_inf = (~self.grad_norm.isfinite()).float()
+        try:
+            super().step()
+        finally:
+            if scaler is None:
+                del self.found_inf
+
+    def _is_ours(self, params: list[Tensor]) -> bool:
+        """Whether `_update` can do it, and not slower than torch's own."""
+        if any("master" in self.state[p] for p in params if p in self.state):
+            return True
         scaler = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))  # set by torch.amp.GradScaler.step
         return (
             all(s is None for s in scaler)
@@ -62,17 +85,14 @@ class AdamW(torch.optim.AdamW):
         self._move_steps(group, "cpu")  # a number that is known here: nothing waits for it
         params = [p for p in group["params"] if p.grad is not None]
         for p in params:
-            state = self.state[p]
-            if not state:
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            self._make_state(p, "exp_avg", "exp_avg_sq")
         if params:
             torch._foreach_add_([self.state[p]["step"] for p in params], 1)
         alike = defaultdict(list)  # one call takes one step and one dtype; usually all parameters have the same
         for p in params:
-            alike[self.state[p]["step"].item(), p.dtype].append(p)
-        for (step, _), params in alike.items():
+            state = self.state[p]
+            alike[state["step"].item(), p.dtype, "master" in state].append(p)
+        for (step, _, has_masters), params in alike.items():
             ops.adamw_step(
                 params,
                 [p.grad for p in params],
@@ -84,14 +104,57 @@ class AdamW(torch.optim.AdamW):
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
                 grad_scale=factor,
+                masters=[self.state[p]["master"] for p in params] if has_masters else None,
             )
+
+    def _make_state(self, p: Tensor, *names: str) -> None:
+        """Zeros, where they are not there yet, for the sums that an update keeps: float32 for 16-bit parameters."""
+        state = self.state[p]
+        state.setdefault("step", torch.tensor(0.0))
+        for name in names:
+            if name not in state:
+                dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+                state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
     def _move_steps(self, group: dict[str, Any], device: str | None) -> None:
         """To `device`, or to each one's parameter: torch's fused update wants them there, and so loads them there."""
         for p in group["params"]:
             state = self.state.get(p)
-            if state and state["step"].device != (wanted := torch.device(device) if device else p.device):
+            if state and state["step"].device != (wanted := torch.device(device or p.device)):
                 state["step"] = state["step"].to(wanted)
+
+    @torch.no_grad()
+    def keep_masters(self) -> None:
+        """Makes the float32 parameters bfloat16 and keeps their values of now as their masters."""
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.dtype == torch.float32:
+                self._make_state(p)
+                self.state[p]["master"] = p.detach().clone()
+                p.data = p.data.bfloat16()
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Within it, parameters that have masters are these: what is written of them then loses nothing."""
+        rounded = {p: p.data for p, state in self.state.items() if "master" in state}
+        for p in rounded:
+            p.data = self.state[p]["master"]
+        try:
+            yield
+        finally:
+            for p, data in rounded.items():
+                p.data = data
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's, but for what belongs to a master: torch would round it to the parameter's dtype."""
+        super().load_state_dict(state_dict)
+        names = [name for group in state_dict["param_groups"] for name in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for name, p in zip(names, params, strict=True):
+            saved = state_dict["state"].get(name, {})
+            if "master" in saved:
+                self.state[p].update({k: v.to(p.device, copy=True) for k, v in saved.items() if k != "step"})
+                p.copy_(self.state[p]["master"])
 
 
 def _is_plain(p: Tensor) -> bool:
@@ -112,19 +175,55 @@ def build_optimizer(
     weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.95),
     grad_clip: float = 1.0,
+    *,
+    name: OptimizerName = "adamw",
+    lr_scales: Mapping[str, float] | None = None,
+    masters: bool = False,
+    muon_dtype: torch.dtype = torch.float32,
 ) -> AdamW:
-    """AdamW over the model's trainable parameters; matrices and embeddings decay, vectors (biases, norms) do not.
+    """The optimizer of the model's trainable parameters; matrices and embeddings decay, vectors (biases, norms) do not.
 
     Args:
-        lr: learning rate; a trainer sets `group["lr"]` at each step.
+        lr: learning rate; a trainer sets `group["lr"]` to its rate times `group["lr_scale"]` at each step.
         weight_decay: decoupled decay of parameters with at least two dimensions.
         grad_clip: largest norm of the whole gradient, 0 for none.
+        name: "adamw", or "muon": Muon for the matrices inside of blocks, AdamW for the rest (see `Muon`).
+        lr_scales: factors on the learning rate by parameter name, 1 where there is none. The decay of such a parameter
+            is divided by its factor, so that a step shrinks all weights alike (Wortsman et al. 2023, arXiv:2309.14322).
+        muon_dtype: that Muon multiplies in; bfloat16 is enough for it, where it is the faster one.
+        masters: makes the parameters bfloat16, with float32 masters (see `AdamW.keep_masters`).
+
+    Raises:
+        UserError: Muon or masters are asked for where weights are sharded: both read whole ones.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    from fastgpt.train.muon import Muon
+
+    if (masters or name == "muon") and any(type(p) is not nn.Parameter for p in model.parameters()):
+        asked = "--precision bf16-weights" if masters else "--optimizer muon"
+        raise UserError(f"{asked} does not go with sharded weights: take --parallel ddp, or leave it out")
+    in_blocks = {p for m in model.modules() if isinstance(m, Block) for p in m.parameters() if p.dim() == 2}
+    groups: dict[tuple[float, bool, int], list[nn.Parameter]] = defaultdict(list)
+    for full_name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        parts = 0  # not Muon's
+        if name == "muon" and p in in_blocks:
+            parts = 3 if full_name.endswith("c_attn.weight") else 1
+        groups[(lr_scales or {}).get(full_name, 1.0), p.dim() >= 2, parts].append(p)
+    given = [
+        {
+            "params": params,
+            "lr": lr * scale,
+            "lr_scale": scale,
+            "weight_decay": weight_decay / scale if decays else 0.0,
+            "muon_parts": parts,
+        }
+        for (scale, decays, parts), params in groups.items()
     ]
     # One pass over all parameters where torch has it; on a CPU it is the faster one too.
-    fused = all(p.device.type in ("cpu", "cuda") for p in params)
-    return AdamW(groups, grad_clip=grad_clip, lr=lr, betas=betas, fused=fused)
+    fused = all(p.device.type in ("cpu", "cuda") for group in groups.values() for p in group)
+    options: dict[str, Any] = {"grad_clip": grad_clip, "lr": lr, "betas": betas, "fused": fused}
+    optimizer = Muon(given, dtype=muon_dtype, **options) if name == "muon" else AdamW(given, **options)
+    if masters:
+        optimizer.keep_masters()
+    return optimizer

@@ -2,18 +2,21 @@
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from fastgpt.data import PackedDataset, TokenDataset
 from fastgpt.errors import UserError
 from fastgpt.files import sha256_file
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import Tokenizer
+from fastgpt.train import mup
 from fastgpt.train.config import TrainConfig
 from fastgpt.train.optimizer import build_optimizer
 from fastgpt.train.task import Task
@@ -60,6 +63,26 @@ class Batch(NamedTuple):
     windows: list[tuple[int, int]]
 
 
+def compile_loss(model: GPT, config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """`model.loss`, compiled whole; on a GPU as a CUDA graph, which does not hold gradients that accumulate.
+
+    Raises:
+        UserError: when it is called first: there is nothing here to compile with.
+    """
+    cuda = next(model.parameters()).is_cuda
+    mode = "reduce-overhead" if cuda and config.grad_accum == 1 else None
+    compiled = torch.compile(model.loss, fullgraph=True, mode=mode)
+
+    def loss(ids: Tensor, targets: Tensor) -> Tensor:
+        try:
+            return compiled(ids, targets)
+        except TorchDynamoException as error:
+            first = next(line for line in str(error).splitlines() if line.strip())
+            raise UserError(f"--compile does not work here ({first.strip()}): mend that or leave it out") from error
+
+    return loss
+
+
 class Pretraining(Task[Batch]):
     """A GPT, new, from `init_from` or from the checkpoint `latest`, and the shards that it learns.
 
@@ -88,12 +111,13 @@ class Pretraining(Task[Batch]):
         self.flops_per_token = self.model.config.flops_per_token(block_size)
         rows = config.batch_size * block_size
         precision = pick_precision(config.precision, self.device, rows, self.model.config.n_embd)
-        config = replace(config, block_size=block_size, precision=precision)
+        self.config = config = replace(config, block_size=block_size, precision=precision)
         if config.minutes is not None:
             seconds = self._seconds_per_step(config, block_size)
             done = latest[0] if latest else 0
-            config = replace(config, max_steps=done + max(1, round(60 * config.minutes / seconds)), minutes=None)
-        self.config = config
+            steps = done + max(1, round(60 * config.minutes / seconds))
+            self.config = config = replace(config, max_steps=steps, minutes=None)
+        self.compiled_loss = compile_loss(self.model, config) if config.compile else None
 
     def _build_model(self, config: TrainConfig, folder: Path | None) -> GPT:
         start = folder or config.init_from
@@ -103,9 +127,12 @@ class Pretraining(Task[Batch]):
             sizes["n_positions"] = config.block_size
             given = {k: v for k, v in sizes.items() if v is not None}
             try:
-                return GPT(GPTConfig.preset(config.preset, vocab_size=self.tokenizer.vocab_size, **given, **dropout))
+                new = GPT(GPTConfig.preset(config.preset, vocab_size=self.tokenizer.vocab_size, **given, **dropout))
             except ValueError as error:
                 raise UserError(f"the model cannot be built: {error}") from None
+            if config.mup:
+                mup.scale_weights(new, config.mup_base_width)
+            return new
         model = GPT.from_pretrained(start)
         if (start / "tokenizer.json").exists() and Tokenizer.from_pretrained(start).hash != self.tokenizer.hash:
             raise UserError(
@@ -128,14 +155,16 @@ class Pretraining(Task[Batch]):
     def _seconds_per_step(self, config: TrainConfig, block_size: int) -> float:
         """Measured on a copy of the model, so that the run itself starts as if nothing had been measured."""
         model = copy.deepcopy(self.model)
-        optimizer = build_optimizer(model, lr=0.0)
+        optimizer = build_optimizer(model, lr=0.0, **self.optimizer_options())
+        model.transformer.recompute = config.recompute
+        compute_loss = compile_loss(model, config) if config.compile else model.loss
         ids = torch.randint(model.config.vocab_size, (config.batch_size, block_size + 1)).to(self.device)
         times = []
         for _ in range(6):
             start = time.perf_counter()
             for _ in range(config.grad_accum):
                 with autocast(self.device, config.precision):
-                    loss = model.loss(ids[:, :-1], ids[:, 1:])
+                    loss = compute_loss(ids[:, :-1], ids[:, 1:])
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -148,7 +177,11 @@ class Pretraining(Task[Batch]):
         return Batch(*self.train_data.batch([window for _, window in windows]), windows)
 
     def loss(self, batch: Batch) -> Tensor:
-        return self.model.loss(batch.ids.to(self.device), batch.targets.to(self.device))
+        ids, targets = batch.ids, batch.targets
+        if self.device.type == "cuda":  # from pinned memory the host need not wait for the copy
+            ids, targets = ids.pin_memory(), targets.pin_memory()
+        ids, targets = (t.to(self.device, non_blocking=True) for t in (ids, targets))
+        return (self.compiled_loss or self.model.loss)(ids, targets)
 
     def tokens(self, batch: Batch) -> int:
         return batch.ids.numel()
@@ -177,6 +210,15 @@ class Pretraining(Task[Batch]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.train_data.load_state_dict(state)
+
+    def optimizer_options(self) -> dict[str, Any]:
+        c = self.config
+        return {
+            "name": c.optimizer,
+            "lr_scales": mup.lr_scales(self.model, c.mup_base_width, c.optimizer) if c.mup else None,
+            "masters": c.precision == "bf16-weights",
+            "muon_dtype": torch.float32 if c.precision == "fp32" else torch.bfloat16,
+        }
 
     def write_model(self, folder: Path) -> None:
         self.model.save_pretrained(folder)

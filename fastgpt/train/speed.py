@@ -53,12 +53,12 @@ def faster_precision(device: torch.device, rows: int, width: int) -> str:
 @torch.no_grad()
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     """The rate that MFU is a share of, FLOP/s, and where it comes from: the data sheet, or a matmul measured now."""
-    if device.type == "cuda" and precision == "bf16":
+    if device.type == "cuda" and precision != "fp32":
         name = torch.cuda.get_device_name(device)
         for part, rate in DATA_SHEET.items():
             if part in name:
                 return rate, f"{part} data sheet"
     n = 4096 if device.type == "cuda" else 1024
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     a, b = _random(device, n, n).to(dtype), _random(device, n, n).to(dtype)
-    return 2 * n**3 / _seconds(device, a, b, dtype, 0.2), f"measured {n}x{n} {precision} matmul"
+    return 2 * n**3 / _seconds(device, a, b, dtype, 0.2), f"measured {n}x{n} {str(dtype)[6:]} matmul"

@@ -59,6 +59,10 @@ class Task(Generic[Batch]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
 
+    def optimizer_options(self) -> dict[str, Any]:
+        """What `build_optimizer` takes beside what every run's config says; such a thing lies in the weights' names."""
+        return {}
+
     def write_model(self, folder: Path) -> None:
         """The model and its tokenizer as a folder that others open."""
         raise NotImplementedError

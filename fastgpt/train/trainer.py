@@ -1,8 +1,8 @@
 """The training loop: a task in, a run folder out.
 
-A step is: `grad_accum` forward and backward passes, one clipped AdamW update at the cosine's rate. A run is a function
+A step is: `grad_accum` forward and backward passes, one clipped update at the schedule's rate. A run is a function
 of its config alone: killed anywhere and resumed on the same machine, it goes on to the same losses bit for bit, because
-a checkpoint holds the weights, both moments, the position in the data and every random state that a step reads.
+a checkpoint holds the weights, the moments, the position in the data and every random state that a step reads.
 """
 
 import json
@@ -15,20 +15,21 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgpt.errors import UserError
 from fastgpt.files import atomic_dir, atomic_write, explained
+from fastgpt.model.gpt import Transformer
 from fastgpt.train import checkpoint
 from fastgpt.train.config import RunConfig, check_same_run
 from fastgpt.train.metrics import RunLog
 from fastgpt.train.monitor import SKIPPED_IN_A_ROW, SpikeDetector, skipped_in_a_row, write_bad_step
 from fastgpt.train.optimizer import build_optimizer
 from fastgpt.train.provenance import differences, environment
-from fastgpt.train.schedule import cosine_lr
+from fastgpt.train.schedule import learning_rate
 from fastgpt.train.signals import Interrupted, StopSignals
 from fastgpt.train.speed import faster_precision, peak_flops
 from fastgpt.train.task import Task
@@ -87,13 +88,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_precision(name: str, device: torch.device, rows: int, width: int) -> Literal["fp32", "bf16"]:
+def pick_precision(name: str, device: torch.device, rows: int, width: int) -> Any:
     """The precision of a `--precision` option, for matmuls of (rows, width): `auto` measures which is faster."""
-    return faster_precision(device, rows, width) if name == "auto" else name  # type: ignore[return-value]
+    return faster_precision(device, rows, width) if name == "auto" else name
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """What a forward pass in `precision` ("fp32" or "bf16") runs under."""
+    """What a forward pass in `precision` runs under; weights that are bf16 themselves need nothing."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
@@ -144,8 +145,16 @@ class Trainer:
         self.device = next(task.model.parameters()).device
         torch.manual_seed(config.seed)  # again: nothing that was measured before may move what dropout draws
         self.optimizer = build_optimizer(
-            task.model, self.lr, config.weight_decay, (config.beta1, config.beta2), config.grad_clip
+            task.model,
+            self.lr,
+            config.weight_decay,
+            (config.beta1, config.beta2),
+            config.grad_clip,
+            **task.optimizer_options(),
         )
+        for module in task.model.modules():
+            if isinstance(module, Transformer):
+                module.recompute = config.recompute
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self._clock, self._read = 0.0, 0  # when a step's figures were last read, and the tokens by then
         # On a GPU a step's loss is read when the next one is launched, so that the host never lets the device wait. A
@@ -184,7 +193,8 @@ class Trainer:
             "tokens": self.tokens,
             "seconds": self.seconds,
         }
-        return checkpoint.save(self.config.out, self.step, self.task.write_model, state, self.config.keep, best)
+        with self.optimizer.full_precision():
+            return checkpoint.save(self.config.out, self.step, self.task.write_model, state, self.config.keep, best)
 
     def _save(self, log: RunLog) -> Path:
         log.sync()
@@ -193,15 +203,18 @@ class Trainer:
     def train_step(self) -> Step:
         """Launches one optimizer step."""
         c = self.config
-        lr = cosine_lr(
+        min_lr = self.lr / 10 if c.schedule == "cosine" else 0.0
+        lr = learning_rate(
             self.step,
+            c.schedule,
             lr=self.lr,
-            min_lr=self.lr / 10 if c.min_lr is None else c.min_lr,
+            min_lr=min_lr if c.min_lr is None else c.min_lr,
             warmup_steps=min(500, self.max_steps // 5) if c.warmup_steps is None else c.warmup_steps,
             max_steps=self.max_steps,
+            decay_steps=c.decay_steps,
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         batches = [self.task.next_batch() for _ in range(c.grad_accum)]
         whole = sum(self.task.weight(batch) for batch in batches)
         total = torch.zeros((), device=self.device)

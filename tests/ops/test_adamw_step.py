@@ -229,6 +229,22 @@ def test_what_is_not_finite_stays_in_its_element():
     assert params[0].isnan().nonzero().flatten().tolist() == [3, 33]
 
 
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scale_that_is_not_finite_changes_nothing(kind, device, mode):
+    """Neither decay nor moments, whatever the gradients are; as a number and as a tensor."""
+    given = lists(kind, device)
+    given[1][0][0, 0], given[1][4][1] = math.nan, math.inf
+    params, grads, m, v, masters = [[t.clone() for t in part] if part else None for part in given]
+    for scale in (math.nan, math.inf, -math.inf):
+        for s in (scale, torch.tensor(scale, device=device), torch.tensor(scale, dtype=torch.float64)):
+            with ops.using(mode):
+                ops.adamw_step(params, grads, m, v, masters=masters, step=3, grad_scale=s, **OPTIONS)
+    for part, want in zip((params, m, v, masters or []), (given[0], *given[2:4], given[4] or []), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(part, want, strict=True))
+
+
 def test_no_parameters():
     ops.adamw_step([], [], [], [], step=1, **OPTIONS)
 

@@ -79,13 +79,24 @@ def test_random_lists_of_mixed_dtypes(sizes, dtypes, exponent, strided, seed):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("at", [0, 65535, 65536, -1])
-def test_what_is_not_finite_passes_through(dtype, device, at):
+def test_what_is_not_finite_is_in_the_norm_and_makes_the_factor_nan(dtype, device, at):
     for value in (math.nan, math.inf, -math.inf):
         grads = gradients(dtype, device, shapes=[(3,), (65600,)])
         grads[1][at] = value
         norm, factor = ops.clip_grad_norm(grads, 1.0)
         assert norm.isnan() if math.isnan(value) else norm.item() == math.inf
-        assert factor.isnan() if math.isnan(value) else factor.item() == 0
+        assert factor.isnan()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_norm_too_large_for_its_dtype_makes_the_factor_nan(device):
+    for fn in (ops.clip_grad_norm, clip_grad_norm_reference):
+        norm, factor = fn([torch.full((4,), 3e38, device=device)], 1.0)
+        assert norm == math.inf
+        assert factor.isnan()
+        norm, factor = fn([torch.full((4,), 3e38, device=device, dtype=torch.float64)], 1.0)
+        assert norm.isfinite()
+        assert factor.item() == pytest.approx(1 / norm.item())
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -43,6 +43,10 @@ class TestAdamWStep:
     def test_scalars_may_be_tensors(self):
         adamw.test_scalars_may_be_tensors(torch.float32, "cpu")
 
+    @pytest.mark.parametrize("kind", adamw.KINDS)
+    def test_a_scale_that_is_not_finite_changes_nothing(self, kind):
+        adamw.test_a_scale_that_is_not_finite_changes_nothing(kind, "cpu", "auto")
+
     def test_more_tensors_than_a_launch_takes(self):
         adamw.test_more_tensors_than_a_launch_takes("cpu")
 
@@ -62,8 +66,9 @@ class TestClipGradNorm:
         grads = [g.to(d) for g, d in zip(clip.gradients(), [*DTYPES, torch.float64] * 9, strict=False)]
         assert ops.clip_grad_norm(grads, 1.0)[0].item() == pytest.approx(clip.exact_norm(grads), rel=1e-12)
 
-    def test_what_is_not_finite_passes_through(self):
-        clip.test_what_is_not_finite_passes_through(torch.bfloat16, "cpu", 65536)
+    def test_what_is_not_finite_is_in_the_norm_and_makes_the_factor_nan(self):
+        clip.test_what_is_not_finite_is_in_the_norm_and_makes_the_factor_nan(torch.bfloat16, "cpu", 65536)
+        clip.test_a_norm_too_large_for_its_dtype_makes_the_factor_nan("cpu")
 
     def test_more_tensors_than_a_launch_takes(self):
         clip.test_more_tensors_than_a_launch_takes("cpu")

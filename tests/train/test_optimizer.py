@@ -1,8 +1,11 @@
+import math
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgpt import ops
+from fastgpt import GPT, GPTConfig, ops
 from fastgpt.ops import registry
 from fastgpt.train import build_optimizer
 
@@ -164,6 +167,103 @@ def test_a_step_that_a_gradient_scaler_found_infinite_is_skipped():
     model[1].weight.grad[0, 0] = torch.inf
     scaler.step(opt)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("change", ["kernels", "reference", "bfloat16", "amsgrad", "masters"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(value, change):
+    """With clipping and without: the update is skipped on the device, and the next one goes on."""
+    model = small_model()
+    if change == "bfloat16":
+        model.bfloat16()
+    opt = build_optimizer(
+        model, lr=0.1, weight_decay=0.1, grad_clip=0 if change == "kernels" else 1, masters=change == "masters"
+    )
+    for group in opt.param_groups:
+        group["amsgrad"] = change == "amsgrad"
+    with ops.using("reference" if change == "reference" else "auto"):
+        backward(model, 0)
+        opt.step()
+        held = [*model.parameters(), *(t for s in opt.state.values() for k, t in s.items() if k != "step")]
+        before = [t.detach().clone() for t in held]
+        for p in model.parameters():
+            p.grad[..., 0] = value
+        opt.step()
+        assert not opt.grad_norm.isfinite()
+        assert all(torch.equal(t, b) for t, b in zip(held, before, strict=True))
+        opt.zero_grad()
+        backward(model, 1)
+        opt.step()
+        assert not any(torch.equal(t, b) for t, b in zip(held, before, strict=True))
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Refuses to read a number from a float tensor, for which a host would wait. An optimizer counts on the CPU."""
+
+    def __init__(self, optimizer):
+        super().__init__()
+        self.optimizer = optimizer
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():
+            assert any(args[0] is state["step"] for state in self.optimizer.state.values())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+@pytest.mark.parametrize("options", [{}, {"masters": True}, {"name": "muon"}], ids=str)
+def test_a_step_reads_nothing(options, mode):
+    model = GPT(GPTConfig(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2))
+    opt = build_optimizer(model, **options)
+    ids = torch.randint(64, (2, 16))
+    for _ in range(2):
+        with ops.using(mode), NothingIsRead(opt):
+            model.loss(ids, ids).backward()
+            opt.step()
+            opt.zero_grad()
+    with NothingIsRead(opt), pytest.raises(AssertionError):
+        opt.grad_norm.item()
+
+
+@pytest.mark.parametrize("mode", ["auto", "reference"])
+def test_masters_are_what_float32_weights_would_be(mode):
+    """The bf16 parameters are always their roundings; full precision shows the masters in their place."""
+    model, exact = small_model(), small_model()
+    opt, plain = build_optimizer(model, lr=1e-3, masters=True), build_optimizer(exact, lr=1e-3)
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    for step in range(5):
+        backward(model, step)
+        for p, q in zip(model.parameters(), exact.parameters(), strict=True):
+            q.grad = p.grad.float()
+        with ops.using(mode):
+            opt.step()
+            plain.step()
+        opt.zero_grad()
+    rounded = [p.detach().clone() for p in model.parameters()]
+    with opt.full_precision():
+        for p, q, r in zip(model.parameters(), exact.parameters(), rounded, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+            assert torch.equal(p.bfloat16(), r)
+    for p, r in zip(model.parameters(), rounded, strict=True):
+        assert torch.equal(p, r)
+        assert {t.dtype for k, t in opt.state[p].items()} == {torch.float32}
+
+
+def test_masters_load_unrounded_and_bring_their_parameters():
+    model, again = small_model(), small_model()
+    opt = build_optimizer(model, lr=1e-2, masters=True)
+    for step in range(3):
+        opt.zero_grad()
+        backward(model, step)
+        opt.step()
+    with torch.no_grad():
+        again[1].weight += 1
+    other = build_optimizer(again, lr=1e-2, masters=True)
+    other.load_state_dict(opt.state_dict())
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert all(torch.equal(t, other.state[q][k]) for k, t in opt.state[p].items())
+        assert other.state[q]["master"] is not opt.state[p]["master"]
 
 
 def test_a_closure_gives_the_gradients_of_the_step():
