@@ -34,5 +34,5 @@ def test_it_learns_a_made_up_text_character_by_character(main, corpus, tmp_path,
 @pytest.mark.skipif(not TEXT.exists(), reason="the text is not here")
 def test_a_tenth_of_the_steps_on_the_text_itself(main, tmp_path):
     """The whole of it, 2,000 steps, reaches 1.77."""
-    short = ["--max-steps", "200", "--eval-batches", "40", "--sample-tokens", "20"]
+    short = ["--max-steps", "200", "--eval-interval", "200", "--eval-batches", "40", "--sample-tokens", "20"]
     assert main(["--text", str(TEXT), "--out", str(tmp_path), "--", *short]) < 2.5
