@@ -32,7 +32,20 @@ def test_it_learns_a_made_up_text_character_by_character(main, corpus, tmp_path,
 
 
 @pytest.mark.skipif(not TEXT.exists(), reason="the text is not here")
-def test_a_tenth_of_the_steps_on_the_text_itself(main, tmp_path):
+def test_a_few_steps_on_the_text_itself(main, tmp_path):
     """The whole of it, 2,000 steps, reaches 1.77."""
-    short = ["--max-steps", "200", "--eval-interval", "200", "--eval-batches", "40", "--sample-tokens", "20"]
-    assert main(["--text", str(TEXT), "--out", str(tmp_path), "--", *short]) < 2.5
+    short = [
+        "--max-steps",
+        "100",
+        "--warmup-steps",
+        "20",
+        "--eval-interval",
+        "100",
+        "--eval-batches",
+        "40",
+        "--sample-tokens",
+        "20",
+    ]
+    assert (
+        main(["--text", str(TEXT), "--out", str(tmp_path), "--", *short]) < 2.8
+    )  # pairs of characters alone give 2.5, single ones 3.3
