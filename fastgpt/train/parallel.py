@@ -1,0 +1,211 @@
+"""More than one device: a process for each, which torchrun starts, with its own part of every batch.
+
+    torchrun --nproc-per-node 8 -m fastgpt train --parallel ddp ...
+
+`ddp` keeps all weights on each rank and averages the gradients while the backward pass still makes others (Li et al.
+2020, arXiv:2006.15704). `fsdp` keeps a part of the weights, gradients and moments on each rank and gathers a block's
+weights when it is run (FSDP2; Zhao et al. 2023, arXiv:2304.11277). Everything else is the same: a step is the mean over
+all ranks' batches, so its loss is that of one process with as many sequences, to rounding.
+
+These functions answer for one process alone, too, at no cost: nothing else asks whether there are ranks.
+"""
+
+import datetime
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastgpt.errors import UserError
+from fastgpt.model import GPT
+from fastgpt.train.task import Task
+
+Mode = Literal["ddp", "fsdp"]
+Result = TypeVar("Result")
+# Ranks wait for one another while one of them measures or writes. Death is noticed at once, by torchrun.
+TIMEOUT = datetime.timedelta(minutes=10)
+
+
+class SharedError(UserError):
+    """One that every rank raises, and one prints."""
+
+
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def restarted() -> bool:
+    """Whether torchrun started it again (`--max-restarts`) because a rank had ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the rank that writes and prints."""
+    return rank() == 0
+
+
+@contextmanager
+def ranks(mode: Mode | None, device: torch.device) -> Iterator[None]:
+    """Within it the processes that torchrun started know of each other.
+
+    Raises:
+        UserError: `mode` is given and torchrun is not there.
+    """
+    if mode and "RANK" not in os.environ:
+        raise UserError(f"--parallel {mode} needs torchrun: torchrun --nproc-per-node N -m fastgpt train ...")
+    if not launched():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield
+        dist.barrier()  # nobody leaves while others still write
+    finally:
+        dist.destroy_process_group()
+
+
+def local_device(name: str) -> torch.device | None:
+    """This rank's device, by a `--device` option; None where there is but one process."""
+    if not launched():
+        return None
+    index, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and not gpus):
+        return torch.device("cpu")
+    if name not in ("auto", "cuda"):
+        raise UserError(f"--device {name} is one device for all ranks: take --device cuda, which gives each its own")
+    if index >= gpus:
+        raise UserError(f"rank {index} of this machine has no GPU, there are {gpus}: take --nproc-per-node {gpus}")
+    return torch.device("cuda", index)
+
+
+def on_main(make: Callable[[], Result]) -> Result:
+    """What `make` gives on rank 0, on all ranks; it runs there only.
+
+    Raises:
+        UserError: what it raised there, on all ranks.
+    """
+    if size() == 1:
+        return make()
+    answer: list[Any] = [None, None]
+    if is_main():
+        try:
+            answer[0] = make()
+        except UserError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise SharedError(answer[1])
+    return answer[0]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A UserError that any rank raises within it is raised on all, so that none waits for one that has left."""
+    error: UserError | None = None
+    try:
+        yield
+    except UserError as raised:
+        error = raised
+    if size() == 1:
+        if error:
+            raise error
+        return
+    lines: list[str | None] = [None] * size()
+    dist.all_gather_object(lines, str(error) if error else None)
+    if line := next(filter(None, lines), None):
+        raise SharedError(line)
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over ranks, in place; nothing waits for it."""
+    if size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def seed(base: int, step: int = 0) -> int:
+    """For what each rank draws by itself, such as dropout: of rank 0 at the start it is `base`, as without ranks."""
+    if rank() == 0 and step == 0:
+        return base
+    return int(np.random.SeedSequence([base, step, rank()]).generate_state(1, np.uint32)[0])
+
+
+class _Loss(nn.Module):
+    """A task's loss as a forward pass, which is what DDP prepares the gradients' averaging in."""
+
+    def __init__(self, task: Task[Any]) -> None:
+        super().__init__()
+        self.model = task.model
+        self._loss = task.loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._loss(batch)
+
+
+def wrap(
+    task: Task[Any], mode: Mode | None, precision: str
+) -> tuple[Callable[[Any], Tensor], Callable[[], AbstractContextManager[Any]]]:
+    """The task's loss with gradients that are averaged over ranks, and a context in which they only accumulate.
+
+    With `fsdp` the task's model is sharded by it, before its optimizer is made.
+    """
+    model = task.model
+    if size() == 1:
+        return task.loss, nullcontext
+    if mode == "fsdp":
+        assert isinstance(model, GPT)
+        _shard(model, precision)
+        return task.loss, functools.partial(_unsynchronized, model)
+    device = next(model.parameters()).device
+    ddp = nn.parallel.DistributedDataParallel(
+        _Loss(task), device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+    return ddp, ddp.no_sync
+
+
+def _shard(model: GPT, precision: str) -> None:
+    """Each block by itself, and what is around them; the tied embedding is in the latter, gathered for both its uses."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(next(model.parameters()).device.type, (size(),))
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = bf16 if precision == "bf16" else MixedPrecisionPolicy()
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "loss")
+
+
+@contextmanager
+def _unsynchronized(model: Any) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all weights in rank 0's memory, whole; nothing on other ranks. All ranks must call it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {k: v.clone() if v.device.type == "cpu" else v for k, v in weights.items()} if is_main() else {}
