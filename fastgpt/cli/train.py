@@ -21,10 +21,11 @@ def exit_as(result: TrainResult) -> None:
 
 
 def parse_run(config: type[Config], argv: list[str]) -> Config:
-    """The config by a command line; a resumed run's starts from its own, so that only what is given changes."""
+    """The config by a command line; a resumed run's starts from its own, so that only what is given changes, and a
+    new one's from that of `--config`."""
     default = None
-    if "--resume" in argv and (out := _value(argv, "--out")):
-        default = config.load(Path(out))
+    if start := _value(argv, "--out" if "--resume" in argv else "--config"):
+        default = config.load(Path(start))
     return parse(config, config.command, argv, default)
 
 

@@ -44,7 +44,8 @@ class PackedDataset:
         mixed = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)[0]
         return torch.randperm(self.windows, generator=torch.Generator().manual_seed(int(mixed >> np.uint64(1))))
 
-    def _batch(self, windows: list[int]) -> tuple[Tensor, Tensor]:
+    def batch(self, windows: list[int]) -> tuple[Tensor, Tensor]:
+        """The inputs and targets of these windows, (B, T) int64 each; window w starts at token w T of the split."""
         T = self.block_size
         block = np.stack([self.data.tokens(w * T, w * T + T + 1) for w in windows])  # (B, T + 1)
         if block.max() >= self.data.meta["vocab_size"]:
@@ -59,15 +60,19 @@ class PackedDataset:
 
     def next_batch(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """The next inputs and targets, (B, T) int64 each; goes on into the next epoch by itself."""
-        windows: list[int] = []
+        return self.batch([window for _, window in self.next_windows(batch_size)])
+
+    def next_windows(self, batch_size: int) -> list[tuple[int, int]]:
+        """The epochs and numbers of the next windows, whose `batch` is the next one."""
+        windows: list[tuple[int, int]] = []
         while len(windows) < batch_size:
             if self.position == self.windows:
                 self.epoch, self.position = self.epoch + 1, 0
                 self._order = self._permutation()
             take = self._order[self.position : self.position + batch_size - len(windows)].tolist()
             self.position += len(take)
-            windows += take
-        return self._batch(windows)
+            windows += [(self.epoch, window) for window in take]
+        return windows
 
     def sequential_batches(self, batch_size: int, max_batches: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The windows in the text's order, the last batch maybe smaller; moves no position.
@@ -78,7 +83,7 @@ class PackedDataset:
         count = self.windows if max_batches is None else min(self.windows, batch_size * max_batches)
         windows = [i * self.windows // count for i in range(count)]
         for start in range(0, count, batch_size):
-            yield self._batch(windows[start : start + batch_size])
+            yield self.batch(windows[start : start + batch_size])
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, for `load_state_dict`."""

@@ -158,6 +158,11 @@ class Classification(Task[Batch]):
     def tokens(self, batch: Batch) -> int:
         return int(batch[1].sum())
 
+    def rows(self, batch: Batch) -> list[dict[str, Any]]:
+        ids, lengths, targets = (t.tolist() for t in batch)
+        labels = self.model.classes.labels
+        return [{"ids": row[:n], "label": labels[target]} for row, n, target in zip(ids, lengths, targets, strict=True)]
+
     def evaluate(self) -> dict[str, float]:
         labels = self.model.classes.labels
         scores = score(self.model.probabilities(self.ids["val"]), self.targets["val"], labels)

@@ -159,6 +159,9 @@ class InstructionTuning(DialogueTask[Batch]):
     def tokens(self, batch: Batch) -> int:
         return batch.ids.numel()
 
+    def rows(self, batch: Batch) -> list[dict[str, Any]]:
+        return [{"ids": ids} for ids in batch.ids.tolist()]
+
     def evaluate(self) -> dict[str, float]:
         total, count = 0.0, 0
         for batch in self.val_data.sequential_batches(self.config.batch_size):

@@ -294,6 +294,10 @@ class PreferenceTuning(DialogueTask[list[int]]):
     def tokens(self, batch: list[int]) -> int:
         return sum(side.length for i in batch for side in self.pairs.examples[i])
 
+    def rows(self, batch: list[int]) -> list[dict[str, Any]]:
+        pairs = [(i, *self.pairs.examples[i]) for i in batch]
+        return [{"pair": i, "chosen": chosen.ids, "rejected": rejected.ids} for i, chosen, rejected in pairs]
+
     def evaluate(self) -> dict[str, float]:
         """Of the held-out pairs, and of the training steps since the last time: how many rewards are in the right
         order, and by how much on average."""

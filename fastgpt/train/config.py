@@ -20,6 +20,9 @@ class RunConfig:
     """Run folder to write: config.json, metrics.jsonl, log.txt, loss.png, checkpoints/step_<n>/."""
     resume: bool = False
     """Go on with the run in --out from its newest checkpoint, to the same losses as if it had never stopped."""
+    config: Path | None = None
+    """On the command line: start a new run from the config of this one, a run folder or a config.json; other options
+    change it."""
 
     batch_size: int = 16
     """Sequences in one forward pass."""
@@ -52,6 +55,12 @@ class RunConfig:
     """Steps between checkpoints; one is written at the end and on Ctrl-C or SIGTERM too."""
     keep: int = 2
     """How many checkpoints to keep, the newest ones."""
+    skip_nan: bool = False
+    """Step over steps whose loss or gradient is not finite, up to ten in a row; without it the run stops there."""
+    tensorboard: bool = False
+    """Write the figures for TensorBoard too, into tensorboard/ in --out."""
+    wandb: str | None = None
+    """Send the figures to this project of Weights & Biases too."""
     seed: int = 0
     """Of all that is drawn: weights, order and division of the data, dropout."""
     device: str = "auto"
@@ -64,8 +73,10 @@ class RunConfig:
 
     command: ClassVar[str] = ""  # what makes and resumes such a run
     # What may differ between the calls of one run: it changes nothing of the steps that were made already.
-    changeable: ClassVar[set[str]] = {"out", "resume", "device", "max_steps", "eval_interval", "save_interval", "keep"}
-    changeable |= {"decay_steps", "recompute"}
+    changeable: ClassVar[set[str]] = {
+        *("out", "resume", "config", "device", "max_steps", "eval_interval", "save_interval", "keep"),
+        *("skip_nan", "tensorboard", "wandb", "decay_steps", "recompute"),
+    }
 
     def __post_init__(self) -> None:
         for f in fields(self):  # as config.json has them
@@ -88,19 +99,19 @@ class RunConfig:
                 raise UserError(f"{option(name)} must be at least 0 and below 1, got {getattr(self, name)}")
 
     def to_json(self) -> dict[str, Any]:
-        """As the run folder keeps it; `load` reads it back. `resume` is of a call, not of a run."""
+        """As the run folder keeps it; `load` reads it back. `resume` and `config` are of a call, not of a run."""
         values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
-        del values["resume"]
+        del values["resume"], values["config"]
         return {"command": self.command, **values}
 
     @classmethod
     def load(cls: type[Config], run: Path) -> Config:
-        """The config of a run folder.
+        """The config of a run folder, or in a config.json.
 
         Raises:
             UserError: there is none, it is damaged, or another command made the run.
         """
-        path = Path(run) / "config.json"
+        path = Path(run) if Path(run).is_file() else Path(run) / "config.json"
         try:
             values = json.loads(path.read_text())
             command = values.get("command", cls.command)
@@ -154,14 +165,20 @@ class TrainConfig(RunConfig):
     """Instead of --max-steps: as many steps as take this long here, which is measured first."""
     eval_batches: int = 20
     """Validation batches in each validation loss, always the same ones."""
+    sample_prompt: str = ""
+    """What the model goes on with at each validation, in log.txt and samples.jsonl; a new text if not given."""
+    sample_tokens: int = 60
+    """How many tokens it writes then; 0 for none."""
 
     command: ClassVar[str] = "train"
-    changeable: ClassVar[set[str]] = RunConfig.changeable | {"data", "minutes", "eval_batches"}
+    changeable: ClassVar[set[str]] = RunConfig.changeable | {
+        *("data", "minutes", "eval_batches", "sample_prompt", "sample_tokens"),
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least(1, "eval_batches", "block_size", "mup_base_width")
-        self._at_least(0, "minutes")
+        self._at_least(0, "minutes", "sample_tokens")
         self._share("dropout")
 
 

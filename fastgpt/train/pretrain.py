@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from fastgpt.data import PackedDataset, TokenDataset
 from fastgpt.errors import UserError
+from fastgpt.files import sha256_file
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train import mup
@@ -74,7 +75,15 @@ def compile_loss(model: GPT, config: TrainConfig) -> Callable[[Tensor, Tensor], 
     return loss
 
 
-class Pretraining(Task[tuple[Tensor, Tensor]]):
+class Batch(NamedTuple):
+    """ids and targets (B, T) int64, and each row's epoch and window: it starts at token window x T of the split."""
+
+    ids: Tensor
+    targets: Tensor
+    windows: list[tuple[int, int]]
+
+
+class Pretraining(Task[Batch]):
     """A GPT, new, from `init_from` or from the checkpoint `latest`, and the shards that it learns.
 
     `config` is the given one with `block_size`, `precision` and `max_steps` settled.
@@ -92,6 +101,13 @@ class Pretraining(Task[tuple[Tensor, Tensor]]):
         block_size = config.block_size or self.model.config.n_positions
         self.train_data = PackedDataset(train_shards, block_size, seed=config.seed)
         self.val_data = PackedDataset(val_shards, block_size, seed=config.seed, shuffle=False)
+        eot = self.tokenizer.eot_id
+        self.prompt = self.tokenizer.encode(config.sample_prompt) or [0 if eot is None else eot]
+        if config.sample_tokens and len(self.prompt) > self.model.config.n_positions:
+            raise UserError(
+                f"--sample-prompt has {len(self.prompt):,} tokens, the model reads {self.model.config.n_positions:,} "
+                "at most: shorten it"
+            )
         self.flops_per_token = self.model.config.flops_per_token(block_size)
         rows = config.batch_size * block_size
         precision = pick_precision(config.precision, self.device, rows, self.model.config.n_embd)
@@ -156,19 +172,35 @@ class Pretraining(Task[tuple[Tensor, Tensor]]):
             times.append(time.perf_counter() - start)
         return sorted(times[1:])[len(times[1:]) // 2]
 
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        return self.train_data.next_batch(self.config.batch_size)  # (B, T), (B, T)
+    def next_batch(self) -> Batch:
+        windows = self.train_data.next_windows(self.config.batch_size)
+        return Batch(*self.train_data.batch([window for _, window in windows]), windows)
 
-    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        ids, targets = (t.to(self.device) for t in batch)
+    def loss(self, batch: Batch) -> Tensor:
+        ids, targets = batch.ids.to(self.device), batch.targets.to(self.device)
         return (self.compiled_loss or self.model.loss)(ids, targets)
 
-    def tokens(self, batch: tuple[Tensor, Tensor]) -> int:
-        return batch[0].numel()
+    def tokens(self, batch: Batch) -> int:
+        return batch.ids.numel()
+
+    def rows(self, batch: Batch) -> list[dict[str, Any]]:
+        T = self.train_data.block_size
+        return [
+            {"epoch": epoch, "window": window, "first_token": window * T, "ids": ids}
+            for (epoch, window), ids in zip(batch.windows, batch.ids.tolist(), strict=True)
+        ]
 
     def evaluate(self) -> dict[str, float]:
         c = self.config
         return {"val_loss": validation_loss(self.model, self.val_data, c.batch_size, c.eval_batches, c.precision)[0]}
+
+    def sample(self) -> str | None:
+        c = self.config
+        if not c.sample_tokens:
+            return None
+        ids = torch.tensor([self.prompt], device=self.device)
+        text = self.model.generate(ids, c.sample_tokens, temperature=0.8, seed=c.seed)  # the same draws each time
+        return c.sample_prompt + self.tokenizer.decode(text[0, len(self.prompt) :].tolist())
 
     def state_dict(self) -> dict[str, Any]:
         return self.train_data.state_dict()
@@ -198,10 +230,14 @@ class Pretraining(Task[tuple[Tensor, Tensor]]):
         )
 
     def about(self) -> dict[str, Any]:
+        assert self.config.data is not None
         return {
             "model": self.model.config.to_hf(),
             "parameters": self.model.config.num_parameters(),
             "tokenizer_hash": self.tokenizer.hash,
+            # The hash stands for the tokenizer, the division and every shard's length.
+            "data_sha256": sha256_file(self.config.data / "meta.json"),
+            "data_tokens": {data.data.split: len(data.data) for data in (self.train_data, self.val_data)},
         }
 
 

@@ -45,7 +45,9 @@ def load(folder: Path, optimizer: torch.optim.Optimizer, groups: list[dict[str, 
     """
     reader = dcp.FileSystemReader(folder / FOLDER)
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    saved = {k: v for k, v in reader.read_metadata().state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+    saved = {
+        k: v for k, v in reader.read_metadata().state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)
+    }
     ranks = sum(name.startswith("cpu_rng.") for name in saved)
     found: dict[str, Tensor] = {}
     for name, entry in saved.items():

@@ -40,9 +40,17 @@ class Task(Generic[Batch]):
         """How many tokens a forward pass of this batch reads."""
         raise NotImplementedError
 
+    def rows(self, batch: Batch) -> list[dict[str, Any]]:
+        """What the rows of a batch are and where they come from, as JSON, for the record of a step that went wrong."""
+        return []
+
     def evaluate(self) -> dict[str, float]:
         """The validation figures; "val_loss" is one of them. The model is in eval mode, without gradients."""
         raise NotImplementedError
+
+    def sample(self) -> str | None:
+        """What the model writes as it is now, in eval mode, None for nothing; may touch no random state of the run."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the model folder, the optimizer and torch's random states."""

@@ -8,30 +8,32 @@ a checkpoint holds the weights, the moments, the position in the data and every 
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import fastgpt
 from fastgpt.errors import UserError
 from fastgpt.files import atomic_dir, atomic_write
 from fastgpt.model.gpt import Transformer
 from fastgpt.train import checkpoint
 from fastgpt.train.config import RunConfig, check_same_run
 from fastgpt.train.metrics import RunLog
+from fastgpt.train.monitor import SKIPPED_IN_A_ROW, SpikeDetector, skipped_in_a_row, write_bad_step
 from fastgpt.train.optimizer import build_optimizer
+from fastgpt.train.provenance import differences, environment
 from fastgpt.train.schedule import learning_rate
+from fastgpt.train.signals import Interrupted, StopSignals
 from fastgpt.train.speed import faster_precision, peak_flops
 from fastgpt.train.task import Task
+from fastgpt.train.writers import check_writers, open_writers
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Step:
         tokens: that the run has read, this step's included.
         loss: the mean over its batches, 0-dim.
         grad_norm: of the whole gradient before clipping, 0-dim.
+        batches: that it was made of, for the record if its loss turns out to be nan.
     """
 
     step: int
@@ -69,6 +72,7 @@ class Step:
     lr: float
     loss: Tensor
     grad_norm: Tensor
+    batches: list[Any] = field(default_factory=list)
 
 
 def pick_device(name: str) -> torch.device:
@@ -98,8 +102,9 @@ def open_run(config: RunConfig) -> tuple[int, Path] | None:
     """Checks that --out is free, or with --resume that it holds this run, and gives its newest checkpoint if any.
 
     Raises:
-        UserError: it is neither, or the checkpoint is damaged.
+        UserError: it is neither, or the checkpoint is damaged, or a package that the run writes with is missing.
     """
+    check_writers(config)
     if config.resume:
         check_same_run(type(config).load(config.out), config)
         checkpoint.remove_unfinished(config.out)
@@ -119,28 +124,6 @@ def explained_run(config: RunConfig) -> Iterator[None]:
             f"{error.filename or config.out}: {error.strerror}: mend that, then go on with --resume; "
             "checkpoints are safe"
         ) from None
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM append to, so that the loop can end its step first; a second Ctrl-C is at once."""
-    received: list[int] = []
-
-    def handle(number: int, _: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever runs us there handles signals
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Trainer:
@@ -192,19 +175,12 @@ class Trainer:
 
     def _write_run(self) -> None:
         """config.json: all that is needed to repeat the run."""
-        self.config.out.mkdir(parents=True, exist_ok=True)
-        config = {
-            **self.config.to_json(),
-            "eval_interval": self.eval_interval,
-            **self.task.about(),
-            "versions": {
-                "fastgpt": fastgpt.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            "threads": torch.get_num_threads(),
-        }
-        atomic_write(self.config.out / "config.json", json.dumps(config, indent=1) + "\n")
+        c = self.config
+        c.out.mkdir(parents=True, exist_ok=True)
+        found = {**self.task.about(), **environment(self.device)}
+        self._changes = differences(c.config if c.config and not c.resume else c.out, found)
+        config = {**c.to_json(), "eval_interval": self.eval_interval, **found}
+        atomic_write(c.out / "config.json", json.dumps(config, indent=1) + "\n")
 
     def save(self, best: int | None = None) -> Path:
         """Writes checkpoints/step_<n>/ for the step now; the one of step `best` is kept beside the newest."""
@@ -218,6 +194,10 @@ class Trainer:
         }
         with self.optimizer.full_precision():
             return checkpoint.save(self.config.out, self.step, self.task.write_model, state, self.config.keep, best)
+
+    def _save(self, log: RunLog) -> Path:
+        log.sync()
+        return self.save(self._best(log))
 
     def train_step(self) -> Step:
         """Launches one optimizer step."""
@@ -247,42 +227,78 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         assert self.optimizer.grad_norm is not None
-        return Step(self.step, self.tokens, lr, total, self.optimizer.grad_norm)
+        return Step(self.step, self.tokens, lr, total, self.optimizer.grad_norm, batches)
 
     def _finish(self, step: Step, log: RunLog) -> None:
         """Reads what a step gave, for which it waits, and writes it down."""
-        loss = step.loss.item()
+        loss, grad_norm = step.loss.item(), step.grad_norm.item()
         now = time.perf_counter()
         elapsed, self._clock = now - self._clock, now
-        if not math.isfinite(loss):
-            raise UserError(self._lost(step.step, loss))
         self.seconds += elapsed
         rate = (step.tokens - self._read) / elapsed
         self._read = step.tokens
-        share = {"mfu": round(rate * self.task.flops_per_token / self._peak, 4)} if self.task.flops_per_token else {}
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self._step_over(step, loss, grad_norm, log)
+            return
+        mfu = rate * self.task.flops_per_token / self._peak if self.task.flops_per_token else None
+        usual = self._spikes.see(loss)
         log.record(
             step=step.step,
             tokens=step.tokens,
             loss=loss,
             lr=step.lr,
-            grad_norm=step.grad_norm.item(),
+            grad_norm=grad_norm,
             tokens_per_s=round(rate, 1),
-            **share,
+            **({"mfu": round(mfu, 4)} if mfu is not None else {}),
             seconds=round(self.seconds, 3),
+            **({"spike_over": usual} if usual is not None else {}),
         )
-        log.progress(step.step, loss, rate)
+        log.progress(step.step, loss, rate, mfu)
+        if usual is not None:
+            log.say(f"warning: a loss spike: {loss:.4f} at step {step.step}, where {usual:.4f} was usual before")
+
+    def _step_over(self, step: Step, loss: float, grad_norm: float, log: RunLog) -> None:
+        """A step that is not finite: the optimizer has left the weights as they were before it."""
+        what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient's norm became {grad_norm}"
+        line = f"{what} at step {step.step}"
+        try:
+            line += f", its rows are in {write_bad_step(self.config.out, self.task, step, loss, grad_norm)}"
+        except UserError as error:  # what became of the loss matters more
+            line += f" ({error})"
+        kept = checkpoint.steps(self.config.out)
+        back = f"the last good checkpoint is {list(kept.values())[-1]}" if kept else "there is no checkpoint yet"
+        smaller = "start a new run with a smaller --lr"
+        if not self.config.skip_nan:
+            raise UserError(f"{line}; {back}; step over such steps with --resume --skip-nan, or {smaller}")
+        log.record(step=step.step, tokens=step.tokens, lr=step.lr, skipped=True)
+        if skipped_in_a_row(log.records) >= SKIPPED_IN_A_ROW:
+            raise UserError(f"{line}, the last of {SKIPPED_IN_A_ROW} such steps in a row; {back}; {smaller}")
+        count = sum("skipped" in r for r in log.records)
+        log.say(f"warning: {line}; stepped over it, {count:,} of {step.step:,} steps so far")
 
     @torch.no_grad()
-    def _evaluate(self, log: RunLog) -> None:
+    def _evaluate(self, log: RunLog, signals: StopSignals) -> None:
+        """Validates; a signal leaves it out, so that the run is saved soon, and the resumed run makes up for it."""
         self.task.model.eval()
         try:
-            with autocast(self.device, self.config.precision):
-                figures = self.task.evaluate()
+            with signals.interrupting():
+                with autocast(self.device, self.config.precision):
+                    figures = self.task.evaluate()
+                sample = self.task.sample()
+        except Interrupted:
+            return
         finally:
             self.task.model.train()
         log.record(step=self.step, tokens=self.tokens, **figures)
         others = [f", {name.replace('_', ' ')} {value:.4f}" for name, value in figures.items() if name != "val_loss"]
         log.say(f"step {self.step}: validation loss {figures['val_loss']:.4f}{''.join(others)}")
+        if sample is not None:
+            log.sample(self.step, sample)
+        log.draw()
+
+    def _evaluation_is_due(self, log: RunLog) -> bool:
+        due = self.step % self.eval_interval == 0 or self.step == self.max_steps
+        return due and not any(r["step"] == self.step and "val_loss" in r for r in reversed(log.records[-2:]))
 
     def _best(self, log: RunLog, ties: bool = True) -> int | None:
         """The step of the best evaluation so far, by metrics.jsonl.
@@ -309,19 +325,23 @@ class Trainer:
         if task.flops_per_token:
             self._peak, peak_source = peak_flops(self.device, c.precision)
         task.model.train()
-        with RunLog(c.out, self.step, self.max_steps, task.loss_unit) as log, _signals() as signals:
+        writers = open_writers(c, self.step)
+        with RunLog(c.out, self.step, self.max_steps, task.loss_unit, writers) as log, StopSignals() as signals:
             log.say(f"{task.describe()}, {c.precision} on {self.device}")
             if self.step:
                 log.say(f"resumed from {c.out / 'checkpoints' / f'step_{self.step}'}")
-            if not any("val_loss" in r for r in log.records):
-                self._evaluate(log)
+            if self._changes:
+                log.say(f"warning: not as before: {', '.join(self._changes)}: losses may differ in their last digits")
+            self._spikes = SpikeDetector(r["loss"] for r in log.records if "loss" in r)
+            if self._evaluation_is_due(log):
+                self._evaluate(log, signals)
             pending: Step | None = None
             self._clock, self._read = time.perf_counter(), self.tokens
             while self.step < self.max_steps and not signals and not self._patience_is_over(log):
                 step = self.train_step()
                 if pending:
                     self._finish(pending, log)
-                evaluate = self.step % self.eval_interval == 0 or self.step == self.max_steps
+                evaluate = self._evaluation_is_due(log)
                 save = self.step % c.save_interval == 0
                 if self.late and not (evaluate or save or self.step == self.max_steps or signals):
                     pending = step
@@ -329,19 +349,18 @@ class Trainer:
                 pending = None
                 self._finish(step, log)
                 if evaluate:
-                    self._evaluate(log)
+                    self._evaluate(log, signals)
                     if self._best(log) == self.step:
-                        self.save(self.step)
+                        self._save(log)
                 if save:
-                    self.save(self._best(log))
-                    log.draw()
+                    self._save(log)
                 self._clock = time.perf_counter()
             if pending:  # a signal that came after its launch
                 self._finish(pending, log)
             best = self._best(log)
-            saved = self.save(best)  # nothing to do where the loop has just done it
-            log.draw()
-            losses = [r["val_loss"] for r in log.records if "val_loss" in r]
+            saved = self._save(log)  # nothing to do where the loop has just done it
+            log.draw(last=True)
+            losses = [r["val_loss"] for r in log.records if "val_loss" in r] or [math.nan]  # stopped before the first
             rates = sorted(r["tokens_per_s"] for r in log.records if "loss" in r)
             if rates:
                 median = rates[len(rates) // 2]
@@ -351,7 +370,7 @@ class Trainer:
                 log.say(f"{median:,.0f} tokens/s{mfu}")
             first, last = losses[0], losses[-1]
             if signals:
-                name = signal.Signals(signals[0]).name
+                name = signal.Signals(signals.received[0]).name
                 log.say(f"{name}: saved {saved}; go on with: fastgpt {c.command} --out {c.out} --resume")
             else:
                 if self.step < self.max_steps:
@@ -359,12 +378,9 @@ class Trainer:
                 log.say(f"finished at step {self.step}: validation loss {first:.4f} -> {last:.4f}; saved {saved}")
             if best not in checkpoint.steps(c.out):  # there is no best, or somebody has moved it away
                 best = self.step
-            return TrainResult(self.step, last, first, saved, best, self.seconds, signals[0] if signals else None)
-
-    def _lost(self, step: int, loss: float) -> str:
-        kept = checkpoint.steps(self.config.out)
-        back = f"the last good checkpoint is {list(kept.values())[-1]}" if kept else "there is no checkpoint yet"
-        return f"the loss became {loss} at step {step}; {back}; start a new run with a smaller --lr"
+            return TrainResult(
+                self.step, last, first, saved, best, self.seconds, signals.received[0] if signals else None
+            )
 
 
 def publish_best(run: Path, result: TrainResult) -> Path:

@@ -1,6 +1,7 @@
 import json
 
-from fastgpt.train.metrics import RunLog, draw_loss, read_metrics
+from fastgpt.train.metrics import RunLog, read_metrics
+from fastgpt.train.plots import draw_run
 
 
 def test_records_after_the_resumed_step_are_dropped_and_a_torn_line_too(tmp_path):
@@ -16,7 +17,7 @@ def test_records_after_the_resumed_step_are_dropped_and_a_torn_line_too(tmp_path
 def test_the_picture_is_drawn_from_any_records(tmp_path):
     some = [{"step": i, "tokens": 1000 * i, "loss": 5 - i / 50} for i in range(1, 120)]
     for records in ([], some[:1], some, [*some, {"step": 119, "tokens": 119_000, "val_loss": 3.0}]):
-        draw_loss(records, tmp_path / "loss.png", "nats per token")
+        draw_run(records, tmp_path / "loss.png", "nats per token")
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

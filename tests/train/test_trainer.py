@@ -60,6 +60,7 @@ def test_learns_and_writes_the_run_folder(shards, tmp_path):
         "log.txt",
         "loss.png",
         "metrics.jsonl",
+        "samples.jsonl",
     ]
     assert list(checkpoint.steps(out)) == [50, 60]
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
