@@ -24,6 +24,7 @@ COMMANDS = {
     "tokenizer show": ("tokenizer:show", "show how a text splits into tokens"),
     "data prepare": ("data:prepare", "turn text files into token shards"),
     "train": ("train:train", "train a GPT on token shards, or resume a run"),
+    "runs compare": ("runs:compare", "overlay runs in one picture, and a table of what they came to"),
     "eval": ("eval:evaluate", "perplexity on shards, multiple choice, and responses to instructions, scored"),
     "generate": ("generate:generate", "continue a prompt"),
     "chat": ("chat:chat", "talk to a model that follows instructions"),

@@ -64,7 +64,7 @@ class RunLog:
         self._task = self._bar.add_task("training", total=max_steps, completed=first_step, status="")
         self._val = next((r["val_loss"] for r in reversed(self.records) if "val_loss" in r), None)
         self._printed = time.monotonic()
-        self._draw_from = 0.0
+        self._draw_from = self._printed + 5  # the first picture brings the import of matplotlib with it
 
     def __enter__(self) -> "RunLog":
         self._bar.start()

@@ -19,7 +19,7 @@ SMALL = {
     "eval_batches": 2,
     "save_interval": 3,
 }
-SMALL |= {"max_steps": 10, "lr": 3e-3, "precision": "fp32", "device": "cpu"}
+SMALL |= {"max_steps": 10, "sample_tokens": 4, "lr": 3e-3, "precision": "fp32", "device": "cpu"}
 
 
 def config(shards, out, **changes):
