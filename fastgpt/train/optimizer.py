@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import ops
+from fastgpt.errors import UserError
 from fastgpt.model.gpt import Block
 from fastgpt.ops import registry
 
@@ -191,9 +192,15 @@ def build_optimizer(
             is divided by its factor, so that a step shrinks all weights alike (Wortsman et al. 2023, arXiv:2309.14322).
         muon_dtype: that Muon multiplies in; bfloat16 is enough for it, where it is the faster one.
         masters: makes the parameters bfloat16, with float32 masters (see `AdamW.keep_masters`).
+
+    Raises:
+        UserError: Muon or masters are asked for where weights are sharded: both read whole ones.
     """
     from fastgpt.train.muon import Muon
 
+    if (masters or name == "muon") and any(type(p) is not nn.Parameter for p in model.parameters()):
+        asked = "--precision bf16-weights" if masters else "--optimizer muon"
+        raise UserError(f"{asked} does not go with sharded weights: take --parallel ddp, or leave it out")
     in_blocks = {p for m in model.modules() if isinstance(m, Block) for p in m.parameters() if p.dim() == 2}
     groups: dict[tuple[float, bool, int], list[nn.Parameter]] = defaultdict(list)
     for full_name, p in model.named_parameters():

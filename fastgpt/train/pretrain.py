@@ -70,7 +70,7 @@ def compile_loss(model: GPT, config: TrainConfig) -> Callable[[Tensor, Tensor], 
             return compiled(ids, targets)
         except TorchDynamoException as error:
             first = next(line for line in str(error).splitlines() if line.strip())
-            raise UserError(f"--compile does not work here ({first.strip()}): leave it out") from error
+            raise UserError(f"--compile does not work here ({first.strip()}): mend that or leave it out") from error
 
     return loss
 
@@ -177,7 +177,10 @@ class Pretraining(Task[Batch]):
         return Batch(*self.train_data.batch([window for _, window in windows]), windows)
 
     def loss(self, batch: Batch) -> Tensor:
-        ids, targets = batch.ids.to(self.device), batch.targets.to(self.device)
+        ids, targets = batch.ids, batch.targets
+        if self.device.type == "cuda":  # from pinned memory the host need not wait for the copy
+            ids, targets = ids.pin_memory(), targets.pin_memory()
+        ids, targets = (t.to(self.device, non_blocking=True) for t in (ids, targets))
         return (self.compiled_loss or self.model.loss)(ids, targets)
 
     def tokens(self, batch: Batch) -> int:

@@ -96,7 +96,7 @@ def test_recomputing_changes_no_loss(shards, tmp_path):
 
 
 def test_a_wsd_run_goes_on_as_the_longer_run_that_it_might_have_been(shards, tmp_path):
-    """From a checkpoint of the stable phase, with the decay steps given; the run that ends first has decayed by then."""
+    """From a checkpoint of the stable phase, with the decay steps given; the shorter run has decayed by its end."""
     options = {"schedule": "wsd", "warmup_steps": 2, "decay_steps": 3, "keep": 9}
     long, short = tmp_path / "long", tmp_path / "short"
     train(config(shards, long, max_steps=12, **options))
@@ -133,8 +133,7 @@ def test_compiled_losses_are_the_eager_ones_to_rounding(shards, tmp_path):
     for name, compiled in (("eager", False), ("compiled", True)):
         train(config(shards, tmp_path / name, compile=compiled, dropout=0.0))
     for a, b in zip(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), strict=True):
-        for name in ("loss", "val_loss", "grad_norm"):
-            assert a.get(name) == pytest.approx(b.get(name), rel=1e-3), a
+        assert a == pytest.approx(b, rel=1e-3)
 
 
 def test_without_a_compiler_there_is_one_line(shards, tmp_path, process):
