@@ -28,12 +28,11 @@ from fastgpt.train.task import Task
 
 Mode = Literal["ddp", "fsdp"]
 Result = TypeVar("Result")
-# Ranks wait for one another while one of them measures or writes. Death is noticed at once, by torchrun.
+# How long ranks wait for one that lives and does not answer: rank 0 may be writing a large checkpoint. One that has
+# died is noticed at once, by its closed connections and by torchrun, which then ends the others.
 TIMEOUT = datetime.timedelta(minutes=10)
-
-
-class SharedError(UserError):
-    """One that every rank raises, and one prints."""
+# What gloo and NCCL say of a rank that is not there any more.
+_LOST = ("connection closed", "connection reset", "broken pipe", "remote process exited", "aborted", "timed out")
 
 
 def launched() -> bool:
@@ -64,21 +63,43 @@ def ranks(mode: Mode | None, device: torch.device) -> Iterator[None]:
     """Within it the processes that torchrun started know of each other.
 
     Raises:
-        UserError: `mode` is given and torchrun is not there.
+        UserError: `mode` is given and torchrun is not there; or another rank has ended meanwhile.
     """
     if mode and "RANK" not in os.environ:
-        raise UserError(f"--parallel {mode} needs torchrun: torchrun --nproc-per-node N -m fastgpt train ...")
+        raise UserError(
+            f"--parallel {mode} needs torchrun, which starts a process for each device: "
+            "torchrun --nproc-per-node N -m fastgpt train ..."
+        )
     if not launched():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
+        # What is decided on the hosts goes by gloo, and makes no rank wait for its device.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
         yield
         dist.barrier()  # nobody leaves while others still write
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        if not any(words in str(error).lower() for words in _LOST):
+            raise
+        raise UserError(
+            "a rank has ended, and so do the others: torchrun says which one and why; go on with --resume"
+        ) from error
+    dist.destroy_process_group()
+
+
+def is_first_to_tell() -> bool:
+    """Whether no other rank has told of an error yet: one line is enough, of what went wrong first."""
+    if not launched():
+        return True
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=10)))
+        return store.add("fastgpt/errors", 1) == 1
+    except (RuntimeError, ValueError):  # torchrun is not there any more
+        return True
 
 
 def local_device(name: str) -> torch.device | None:
@@ -111,33 +132,32 @@ def on_main(make: Callable[[], Result]) -> Result:
             answer[1] = str(error)
     dist.broadcast_object_list(answer)
     if answer[1] is not None:
-        raise SharedError(answer[1])
-    return answer[0]  # type: ignore[no-any-return]
+        raise UserError(answer[1])
+    return answer[0]
 
 
-@contextmanager
-def together() -> Iterator[None]:
-    """A UserError that any rank raises within it is raised on all, so that none waits for one that has left."""
-    error: UserError | None = None
-    try:
-        yield
-    except UserError as raised:
-        error = raised
-    if size() == 1:
-        if error:
-            raise error
-        return
-    lines: list[str | None] = [None] * size()
-    dist.all_gather_object(lines, str(error) if error else None)
-    if line := next(filter(None, lines), None):
-        raise SharedError(line)
+def gathered(value: Result) -> list[Result]:
+    """Each rank's value, by rank."""
+    values: list[Any] = [value] * size()
+    if size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum over ranks, in place; nothing waits for it."""
+    """The sum over ranks, in place; where it is on a GPU nothing waits for it."""
     if size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def highest(number: int) -> int:
+    """The highest of all ranks' numbers: what one of them knows, all of them know at the same moment."""
+    if size() == 1:
+        return number
+    value = torch.tensor(number)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
 
 
 def seed(base: int, step: int = 0) -> int:
@@ -148,7 +168,7 @@ def seed(base: int, step: int = 0) -> int:
 
 
 class _Loss(nn.Module):
-    """A task's loss as a forward pass, which is what DDP prepares the gradients' averaging in."""
+    """A task's loss as a forward pass, which is where DDP prepares to average the gradients."""
 
     def __init__(self, task: Task[Any]) -> None:
         super().__init__()
@@ -181,7 +201,7 @@ def wrap(
 
 
 def _shard(model: GPT, precision: str) -> None:
-    """Each block by itself, and what is around them; the tied embedding is in the latter, gathered for both its uses."""
+    """Each block by itself, and what is around them: there the tied embedding is gathered once for both its uses."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -207,5 +227,5 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all weights in rank 0's memory, whole; nothing on other ranks. All ranks must call it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return {k: v.clone() if v.device.type == "cpu" else v for k, v in weights.items()} if is_main() else {}
+    weights: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: w.clone() for name, w in weights.items()} if is_main() else {}

@@ -5,46 +5,134 @@ are sharded with `fsdp`, and divided among the ranks with `ddp`, which all have 
 is read by any number of ranks, also by one process: a tensor is put together again and divided as it is needed.
 """
 
-from concurrent.futures import Future
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fastgpt.train import parallel
+from fastgpt.files import explained
+from fastgpt.train import checkpoint, parallel
 
-FOLDER = Path("training_state") / "ranks"
+WriteModel = Callable[[Path], None]
 
 
-def start(folder: Path, optimizer: torch.optim.Optimizer) -> "Future[Any]":
-    """Copies this rank's part to memory, and writes it to folder/training_state/ranks/ in the background.
+class Saves:
+    """Writes checkpoints in the background, one at a time. All ranks must call each of its methods."""
 
-    All ranks must call it. On rank 0 the future is done when all of it is on the disk.
-    """
-    tensors = {f"optimizer.{i}.{name}": t for i, state in _states(optimizer).items() for name, t in state.items()}
+    def __init__(self) -> None:
+        # Of its own: the training's messages would meet those of the background in one group, in any order.
+        self._group = dist.new_group(backend="gloo", timeout=parallel.TIMEOUT)
+        self._thread = ThreadPoolExecutor(1)
+        self._parts: Future[Any] | None = None  # this rank's
+        self._whole: Future[Path] | None = None  # rank 0's, which waits for all parts
+
+    def start(
+        self,
+        run: Path,
+        step: int,
+        write_model: WriteModel,
+        state: dict[str, Any],
+        optimizer: torch.optim.Optimizer,
+        keep: int,
+        best: int | None,
+    ) -> Path:
+        """Copies what is to be written, and writes it as `checkpoint.save` does; returns where it will be.
+
+        Args:
+            write_model: writes the model as it is now, whenever it is called; only rank 0's is.
+
+        Raises:
+            UserError: the one before could not be written.
+        """
+        self.finish()
+        folder = checkpoint.path(run, step)
+        parts = parallel.on_main(lambda: None if checkpoint.is_good(folder) else _parts(folder))
+        if parts is None:
+            return folder
+        self._parts = dcp.async_save(  # type: ignore[assignment]
+            _tensors(optimizer), storage_writer=dcp.FileSystemWriter(parts), process_group=self._group
+        )
+        if parallel.is_main():
+            state = {**state, "optimizer": {"param_groups": optimizer.state_dict()["param_groups"]}}
+            self._whole = self._thread.submit(self._write, run, step, write_model, state, keep, best, parts)
+        return folder
+
+    def _write(
+        self,
+        run: Path,
+        step: int,
+        write_model: WriteModel,
+        state: dict[str, Any],
+        keep: int,
+        best: int | None,
+        parts: Path,
+    ) -> Path:
+        assert self._parts is not None
+        _wait(self._parts, parts)
+        return checkpoint.save(run, step, write_model, state, keep, best, parts)
+
+    def finish(self) -> None:
+        """Waits until what was started is on the disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        parts, whole = self._parts, self._whole
+        self._parts = self._whole = None
+        if parts is not None:
+            parallel.on_main(lambda: whole.result() if whole else None)
+            _wait(parts, Path())
+
+
+def _parts(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.ranks.tmp-{os.getpid()}")
+
+
+def _wait(parts: "Future[Any]", folder: Path) -> None:
+    try:
+        parts.result()
+    except CheckpointException as error:  # of any rank
+        first, _ = next(iter(error.failures.values()))
+        with explained(folder):
+            raise first from None
+
+
+def _tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    states = optimizer.state_dict()["state"]
+    tensors = {f"optimizer.{i}.{name}": t for i, state in states.items() for name, t in state.items()}
     tensors[f"cpu_rng.{parallel.rank()}"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors[f"cuda_rng.{parallel.rank()}"] = torch.cuda.get_rng_state()
-    future = dcp.async_save(tensors, storage_writer=dcp.FileSystemWriter(folder / FOLDER))
-    assert isinstance(future, Future)
-    return future
+    return tensors
 
 
-def load(folder: Path, optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Fills the optimizer from what any number of ranks wrote, and returns this rank's random states.
+def restore(folder: Path, saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Fills the optimizer from a checkpoint of any number of ranks, and returns this rank's random states.
 
     Args:
-        groups: the optimizer's `param_groups`, as its state_dict has them.
+        saved: the optimizer's state_dict in the checkpoint's state.pt: of several ranks its `param_groups` alone.
 
     Returns:
-        {"cpu_rng": ..., "cuda_rng": ...}, or nothing if there were other ranks then.
+        {"cpu_rng": ..., "cuda_rng": ...}, or nothing if there were more or fewer ranks then.
     """
-    reader = dcp.FileSystemReader(folder / FOLDER)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if (folder / checkpoint.RANKS).exists():
+        return _load(folder, optimizer, saved["param_groups"])
+    optimizer.load_state_dict(_divided(saved, optimizer))
+    return {}
+
+
+def _load(folder: Path, optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> dict[str, Tensor]:
+    reader = dcp.FileSystemReader(folder / checkpoint.RANKS)
+    params = _params(optimizer)
     saved = {
         k: v for k, v in reader.read_metadata().state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)
     }
@@ -65,9 +153,9 @@ def load(folder: Path, optimizer: torch.optim.Optimizer, groups: list[dict[str, 
     return {name.split(".")[0]: t for name, t in found.items()}
 
 
-def divided(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _divided(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's state_dict that one process saved, with its tensors sharded as the parameters are."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = _params(optimizer)
 
     def place(p: Tensor, t: Tensor) -> Tensor:
         if isinstance(p, DTensor) and t.shape == p.shape:
@@ -78,5 +166,5 @@ def divided(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str
     return {**state, "state": states}
 
 
-def _states(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
-    return optimizer.state_dict()["state"]  # type: ignore[no-any-return]
+def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
