@@ -72,6 +72,7 @@ class RunConfig:
     memory for many more tokens in a batch. The losses are the same."""
 
     command: ClassVar[str] = ""  # what makes and resumes such a run
+    of_a_call: ClassVar[set[str]] = {"resume", "config", "parallel"}
     # What may differ between the calls of one run: it changes nothing of the steps that were made already.
     changeable: ClassVar[set[str]] = {
         *("out", "resume", "config", "device", "max_steps", "eval_interval", "save_interval", "keep"),
@@ -99,9 +100,8 @@ class RunConfig:
                 raise UserError(f"{option(name)} must be at least 0 and below 1, got {getattr(self, name)}")
 
     def to_json(self) -> dict[str, Any]:
-        """As the run folder keeps it; `load` reads it back. `resume` and `config` are of a call, not of a run."""
-        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
-        del values["resume"], values["config"]
+        """As the run folder keeps it; `load` reads it back. What is of a call, not of the run, is left out."""
+        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k not in self.of_a_call}
         return {"command": self.command, **values}
 
     @classmethod
@@ -220,7 +220,8 @@ def as_restarted(given: Config) -> Config:
     if not (given.out / "config.json").exists():
         return given
     saved = type(given).load(given.out)
+    of_now = given.of_a_call | {"out", "device"}
     # What was left to be measured or found then is settled now.
     settled = {f.name: getattr(saved, f.name) for f in fields(given) if getattr(given, f.name) in (None, "auto")}
     check_same_run(saved, replace(given, **settled))
-    return replace(saved, out=given.out, resume=True)
+    return replace(saved, **{f.name: getattr(given, f.name) for f in fields(given) if f.name in of_now}, resume=True)

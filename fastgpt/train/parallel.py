@@ -13,6 +13,7 @@ These functions answer for one process alone, too, at no cost: nothing else asks
 import datetime
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar
@@ -60,7 +61,7 @@ def is_main() -> bool:
 
 @contextmanager
 def ranks(mode: Mode | None, device: torch.device) -> Iterator[None]:
-    """Within it the processes that torchrun started know of each other.
+    """Within it the processes that torchrun started know of each other; nothing to do where they do already.
 
     Raises:
         UserError: `mode` is given and torchrun is not there; or another rank has ended meanwhile.
@@ -70,7 +71,7 @@ def ranks(mode: Mode | None, device: torch.device) -> Iterator[None]:
             f"--parallel {mode} needs torchrun, which starts a process for each device: "
             "torchrun --nproc-per-node N -m fastgpt train ..."
         )
-    if not launched():
+    if not launched() or dist.is_initialized():
         yield
         return
     if device.type == "cuda":
@@ -205,6 +206,8 @@ def _shard(model: GPT, precision: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    # A block's output is a view, of a linear layer's; nothing changes it in place.
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")
     mesh = init_device_mesh(next(model.parameters()).device.type, (size(),))
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = bf16 if precision == "bf16" else MixedPrecisionPolicy()

@@ -6,6 +6,7 @@ is read by any number of ranks, also by one process: a tensor is put together ag
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -58,27 +59,19 @@ class Saves:
         parts = parallel.on_main(lambda: None if checkpoint.is_good(folder) else _parts(folder))
         if parts is None:
             return folder
-        self._parts = dcp.async_save(  # type: ignore[assignment]
+        written: Any = dcp.async_save(
             _tensors(optimizer), storage_writer=dcp.FileSystemWriter(parts), process_group=self._group
         )
+        self._parts = written
         if parallel.is_main():
             state = {**state, "optimizer": {"param_groups": optimizer.state_dict()["param_groups"]}}
-            self._whole = self._thread.submit(self._write, run, step, write_model, state, keep, best, parts)
-        return folder
 
-    def _write(
-        self,
-        run: Path,
-        step: int,
-        write_model: WriteModel,
-        state: dict[str, Any],
-        keep: int,
-        best: int | None,
-        parts: Path,
-    ) -> Path:
-        assert self._parts is not None
-        _wait(self._parts, parts)
-        return checkpoint.save(run, step, write_model, state, keep, best, parts)
+            def write() -> Path:
+                _wait(written, parts)
+                return checkpoint.save(run, step, write_model, state, keep, best, parts)
+
+            self._whole = self._thread.submit(write)
+        return folder
 
     def finish(self) -> None:
         """Waits until what was started is on the disk.
@@ -144,7 +137,9 @@ def _load(folder: Path, optimizer: torch.optim.Optimizer, groups: list[dict[str,
             found[name] = torch.zeros_like(p, dtype=entry.properties.dtype)
         elif kind == "optimizer" or (ranks == parallel.size() and int(index) == parallel.rank()):
             found[name] = torch.zeros(entry.size, dtype=entry.properties.dtype)
-    dcp.load(found, storage_reader=reader, no_dist=parallel.size() == 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads it alone
+        dcp.load(found, storage_reader=reader, no_dist=parallel.size() == 1)
     states: dict[int, dict[str, Tensor]] = {}
     for name in [n for n in found if n.startswith("optimizer.")]:
         _, index, key = name.split(".")
