@@ -57,7 +57,7 @@ def agree(shards: Path, out: Path) -> None:
         train(TrainConfig(data=shards, out=out / name, **{**TWO, **changes}))
 
     def resume(name: str, **changes) -> None:
-        train(replace(TrainConfig.load(out / name), resume=True, **changes))
+        train(replace(TrainConfig.load(out / name), out=out / name, resume=True, **changes))
 
     with parallel.ranks(None, torch.device("cpu")):
         run("ddp")

@@ -92,9 +92,9 @@ def test_one_process_goes_on_with_what_two_ranks_wrote(runs, tmp_path, mode):
     out = tmp_path / "run"
     shutil.copytree(runs / mode, out)
     shutil.rmtree(checkpoint.path(out, STEPS))
-    config = replace(TrainConfig.load(out), resume=True)
+    config = replace(TrainConfig.load(out), out=out, resume=True)
     with pytest.raises(
-        UserError, match="is 8 sequences in a step, those of the run in .* have 16: take --grad-accum 4"
+        UserError, match=r"is 8 sequences in a step, those of the run in .* have 16: take --grad-accum 4"
     ):
         train(config)
     train(replace(config, grad_accum=4))
@@ -170,7 +170,7 @@ def test_a_restarted_run_has_the_config_that_it_began_with(runs, tmp_path):
     began = TrainConfig.load(runs / "ddp")
     same = replace(began, precision="auto", block_size=None, eval_interval=None, parallel="fsdp")
     assert as_restarted(same) == replace(began, resume=True, parallel="fsdp")
-    with pytest.raises(UserError, match="--lr 0.5 differs"):
+    with pytest.raises(UserError, match=r"--lr 0\.5 differs"):
         as_restarted(replace(same, lr=0.5))
     new = replace(same, out=tmp_path / "new")
     assert as_restarted(new) is new
