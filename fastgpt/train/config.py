@@ -220,8 +220,8 @@ def as_restarted(given: Config) -> Config:
     if not (given.out / "config.json").exists():
         return given
     saved = type(given).load(given.out)
-    of_now = given.of_a_call | {"out", "device"}
     # What was left to be measured or found then is settled now.
     settled = {f.name: getattr(saved, f.name) for f in fields(given) if getattr(given, f.name) in (None, "auto")}
     check_same_run(saved, replace(given, **settled))
-    return replace(saved, **{f.name: getattr(given, f.name) for f in fields(given) if f.name in of_now}, resume=True)
+    now = {f.name: getattr(given, f.name) for f in fields(given) if f.name in given.of_a_call | {"out", "device"}}
+    return replace(saved, **{**now, "resume": True})
