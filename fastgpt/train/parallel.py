@@ -78,7 +78,9 @@ def ranks(mode: Mode | None, device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     try:
         # What is decided on the hosts goes by gloo, and makes no rank wait for its device.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        given = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        dist.init_process_group(backend, store=_store(), timeout=TIMEOUT, **given)
         yield
         dist.barrier()  # nobody leaves while others still write
     except RuntimeError as error:
@@ -90,15 +92,20 @@ def ranks(mode: Mode | None, device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def _store() -> dist.Store:
+    """torchrun's, of this start of the ranks: it lives on when they are started again, with addresses of the dead."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(minutes=1)))
+    return dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
 def is_first_to_tell() -> bool:
     """Whether no other rank has told of an error yet: one line is enough, of what went wrong first."""
     if not launched():
         return True
-    from torch.distributed.rendezvous import rendezvous
-
     try:
-        store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=10)))
-        return store.add("fastgpt/errors", 1) == 1
+        return _store().add("fastgpt/errors", 1) == 1
     except (RuntimeError, ValueError):  # torchrun is not there any more
         return True
 
