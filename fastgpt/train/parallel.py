@@ -79,8 +79,8 @@ def ranks(mode: Mode | None, device: torch.device) -> Iterator[None]:
     try:
         # What is decided on the hosts goes by gloo, and makes no rank wait for its device.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        given = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
-        dist.init_process_group(backend, store=_store(), timeout=TIMEOUT, **given)
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=_store(), timeout=TIMEOUT, rank=rank, world_size=ranks)
         yield
         dist.barrier()  # nobody leaves while others still write
     except RuntimeError as error:
