@@ -97,6 +97,11 @@ def main() -> None:
             run(argv)
         sys.stdout.flush()  # here, where a closed pipe is caught, and not while Python shuts down
     except UserError as error:
+        if "RANK" in os.environ:  # torchrun's
+            from fastgpt.train.parallel import is_first_to_tell
+
+            if not is_first_to_tell():
+                raise SystemExit(USAGE_ERROR) from None
         fail(str(error))
     except KeyboardInterrupt:
         raise SystemExit(130) from None

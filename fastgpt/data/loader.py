@@ -80,10 +80,14 @@ class PackedDataset:
         With `max_batches`, as many windows as fit into them, evenly spread over the text: its beginning alone may be
         of one kind.
         """
+        for windows in self.sequential_windows(batch_size, max_batches):
+            yield self.batch(windows)
+
+    def sequential_windows(self, batch_size: int, max_batches: int | None = None) -> list[list[int]]:
+        """The windows of each of `sequential_batches`."""
         count = self.windows if max_batches is None else min(self.windows, batch_size * max_batches)
         windows = [i * self.windows // count for i in range(count)]
-        for start in range(0, count, batch_size):
-            yield self.batch(windows[start : start + batch_size])
+        return [windows[start : start + batch_size] for start in range(0, count, batch_size)]
 
     def state_dict(self) -> dict[str, Any]:
         """Where it stands, for `load_state_dict`."""

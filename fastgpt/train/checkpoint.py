@@ -3,6 +3,10 @@
 One is written whole under another name, fsynced and renamed, so a kill at any moment leaves the last good one. Which
 one is the newest is found by looking; nothing points at it that could be wrong. `training_state/manifest.json` holds
 the size and SHA-256 of every other file, so a damaged checkpoint is told from a good one before it is loaded.
+
+`training_state/state.pt` has all that a resumed run needs beside the model. Of a run on several ranks, the optimizer's
+tensors and the random states are in `training_state/ranks/` instead (see sharded.py). Either is read by any number of
+ranks.
 """
 
 import json
@@ -19,15 +23,26 @@ from fastgpt.files import atomic_dir, sha256_file
 
 STATE = Path("training_state") / "state.pt"
 MANIFEST = Path("training_state") / "manifest.json"
+RANKS = Path("training_state") / "ranks"
 
 
 def steps(run: Path) -> dict[int, Path]:
     """The run's checkpoints by step, in order; half-written ones have another name and do not count."""
     found = {}
-    for path in (run / "checkpoints").glob("step_*"):
-        if match := re.fullmatch(r"step_(\d+)", path.name):
-            found[int(match[1])] = path
+    for folder in (run / "checkpoints").glob("step_*"):
+        if match := re.fullmatch(r"step_(\d+)", folder.name):
+            found[int(match[1])] = folder
     return dict(sorted(found.items()))
+
+
+def path(run: Path, step: int) -> Path:
+    """Where the checkpoint of that step is, or would be."""
+    return run / "checkpoints" / f"step_{step}"
+
+
+def is_good(folder: Path) -> bool:
+    """Whether it is there and undamaged."""
+    return folder.exists() and not _damage(folder)
 
 
 def save(
@@ -37,25 +52,28 @@ def save(
     state: dict[str, Any],
     keep: int,
     best: int | None = None,
+    ranks: Path | None = None,
 ) -> Path:
     """Writes checkpoints/step_<step>/ and then removes all but the newest `keep` and that of step `best`.
 
     Args:
         write_model: writes the model folder's files into the folder that it is given.
         state: tensors, numbers, strings, and lists and dicts of them; `load` gives it back.
+        ranks: the folder that the ranks wrote side by side, which becomes a part of the checkpoint.
 
     Raises:
         UserError: it could not be written (a full disk, no permission); what was there before is untouched.
     """
-    folder = run / "checkpoints" / f"step_{step}"
-    if folder.exists():
-        if not _damage(folder):  # stopped again before its first step: a run's step is the same however it came there
-            return folder
-        shutil.rmtree(folder)
+    folder = path(run, step)
+    if is_good(folder):  # stopped again before its first step: a run's step is the same however it came there
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
     with atomic_dir(folder) as partial:
         write_model(partial)
         (partial / STATE).parent.mkdir()
         torch.save(state, partial / STATE)
+        if ranks:
+            ranks.rename(partial / RANKS)
         files = sorted(p for p in partial.rglob("*") if p.is_file())
         manifest = {
             "step": step,
@@ -64,16 +82,16 @@ def save(
             },
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for old, path in list(steps(run).items())[:-keep]:
+    for old, its_folder in list(steps(run).items())[:-keep]:
         if old != best:
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(its_folder, ignore_errors=True)
     return folder
 
 
 def remove_unfinished(run: Path) -> None:
     """Removes what a killed run left half-written."""
-    for path in (run / "checkpoints").glob("step_*.tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for folder in (run / "checkpoints").glob("step_*.tmp-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def newest(run: Path) -> tuple[int, Path] | None:
@@ -100,12 +118,12 @@ def _damage(folder: Path) -> str | None:
     except (ValueError, KeyError, TypeError, OSError):
         return f"{MANIFEST} cannot be read"
     for name, want in files.items():
-        path = folder / name
-        if not path.is_file():
+        file = folder / name
+        if not file.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != want["bytes"]:
-            return f"{name} has {path.stat().st_size:,} bytes, not {want['bytes']:,}"
-        if sha256_file(path) != want["sha256"]:
+        if file.stat().st_size != want["bytes"]:
+            return f"{name} has {file.stat().st_size:,} bytes, not {want['bytes']:,}"
+        if sha256_file(file) != want["sha256"]:
             return f"the content of {name} has changed"
     return None
 

@@ -1,7 +1,7 @@
 """All that a run is made from, in one place: the command line is made from it and the run folder keeps it."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -72,6 +72,7 @@ class RunConfig:
     memory for many more tokens in a batch. The losses are the same."""
 
     command: ClassVar[str] = ""  # what makes and resumes such a run
+    of_a_call: ClassVar[set[str]] = {"resume", "config", "parallel"}
     # What may differ between the calls of one run: it changes nothing of the steps that were made already.
     changeable: ClassVar[set[str]] = {
         *("out", "resume", "config", "device", "max_steps", "eval_interval", "save_interval", "keep"),
@@ -99,9 +100,8 @@ class RunConfig:
                 raise UserError(f"{option(name)} must be at least 0 and below 1, got {getattr(self, name)}")
 
     def to_json(self) -> dict[str, Any]:
-        """As the run folder keeps it; `load` reads it back. `resume` and `config` are of a call, not of a run."""
-        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
-        del values["resume"], values["config"]
+        """As the run folder keeps it; `load` reads it back. What is of a call, not of the run, is left out."""
+        values = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items() if k not in self.of_a_call}
         return {"command": self.command, **values}
 
     @classmethod
@@ -163,6 +163,9 @@ class TrainConfig(RunConfig):
     """Compile the loss with torch.compile, which needs a C++ compiler, on a GPU Triton, and a minute at the start."""
     minutes: float | None = None
     """Instead of --max-steps: as many steps as take this long here, which is measured first."""
+    parallel: Literal["ddp", "fsdp"] | None = None
+    """With torchrun, one process for each device: ddp keeps all of the model on each (taken if not given), fsdp a part.
+    A step then takes --batch-size x --grad-accum sequences on every device."""
     eval_batches: int = 20
     """Validation batches in each validation loss, always the same ones."""
     sample_prompt: str = ""
@@ -172,7 +175,8 @@ class TrainConfig(RunConfig):
 
     command: ClassVar[str] = "train"
     changeable: ClassVar[set[str]] = RunConfig.changeable | {
-        *("data", "minutes", "eval_batches", "sample_prompt", "sample_tokens"),
+        *("data", "minutes", "eval_batches", "sample_prompt", "sample_tokens", "parallel"),
+        *("batch_size", "grad_accum"),  # if a step stays as large: see check_step_size
     }
 
     def __post_init__(self) -> None:
@@ -180,6 +184,8 @@ class TrainConfig(RunConfig):
         self._at_least(1, "eval_batches", "block_size", "mup_base_width")
         self._at_least(0, "minutes", "sample_tokens")
         self._share("dropout")
+        if self.compile and self.parallel == "fsdp":
+            raise UserError("--compile does not go with --parallel fsdp: take --parallel ddp, or leave it out")
 
 
 def option(name: str) -> str:
@@ -195,3 +201,27 @@ def check_same_run(saved: RunConfig, given: RunConfig) -> None:
                 f"{option(f.name)} {now} differs from the run's own {was}: "
                 f"leave it out to resume {given.out}, or start a new run with another --out"
             )
+
+
+def check_step_size(saved: RunConfig, ranks_then: int, given: RunConfig, ranks: int) -> None:
+    """Refuses to resume with another number of sequences in a step: how many ranks share them is free."""
+    was, now = (c.batch_size * c.grad_accum * n for c, n in ((saved, ranks_then), (given, ranks)))
+    if was != now:
+        fits, rest = divmod(was, given.batch_size * ranks)
+        take = f"--grad-accum {fits}" if fits and not rest else "another --batch-size or number of ranks"
+        raise UserError(
+            f"--batch-size {given.batch_size} x --grad-accum {given.grad_accum} x ranks {ranks} is {now} sequences in "
+            f"a step, those of the run in {given.out} have {was}: take {take}"
+        )
+
+
+def as_restarted(given: Config) -> Config:
+    """The config of a run that torchrun has started again by the same command: the run's own, to be resumed."""
+    if not (given.out / "config.json").exists():
+        return given
+    saved = type(given).load(given.out)
+    # What was left to be measured or found then is settled now.
+    settled = {f.name: getattr(saved, f.name) for f in fields(given) if getattr(given, f.name) in (None, "auto")}
+    check_same_run(saved, replace(given, **settled))
+    now = {f.name: getattr(given, f.name) for f in fields(given) if f.name in given.of_a_call | {"out", "device"}}
+    return replace(saved, **{**now, "resume": True})

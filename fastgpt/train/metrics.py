@@ -143,6 +143,31 @@ class RunLog:
                 self.say(f"warning: {error}; the run goes on without it")
 
 
+class QuietLog(RunLog):
+    """That of a rank which writes nothing: the records alone, by which all ranks decide alike."""
+
+    def __init__(self) -> None:
+        self.records = []
+
+    def __enter__(self) -> "QuietLog":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+    def record(self, **values: Any) -> None:
+        self.records.append(values)
+
+    def sample(self, step: int, text: str) -> None: ...
+
+    def progress(self, step: int, loss: float, tokens_per_s: float, mfu: float | None = None) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def draw(self, last: bool = False) -> None: ...
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl or samples.jsonl; a last line cut short by a kill is left out."""
     records = []

@@ -3,15 +3,12 @@
 import json
 from collections import deque
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastgpt.files import atomic_write
-from fastgpt.train.task import Task
-
-if TYPE_CHECKING:
-    from fastgpt.train.trainer import Step
 
 # So many steps in a row without a finite gradient are no accident of a batch: --skip-nan gives up on them.
 SKIPPED_IN_A_ROW = 10
@@ -59,14 +56,18 @@ def skipped_in_a_row(records: list[dict[str, Any]]) -> int:
     return count
 
 
-def write_bad_step(run: Path, task: Task[Any], step: "Step", loss: float, grad_norm: float) -> Path:
-    """Writes nan_step_<n>.json: the loss, the gradient's norm, and the rows of each batch of the step; returns it."""
-    path = run / f"nan_step_{step.step}.json"
+def write_bad_step(run: Path, rows: list[list[Any]], step: int, loss: float, grad_norm: float) -> Path:
+    """Writes nan_step_<n>.json: the loss, the gradient's norm, and the rows of each batch of the step; returns it.
+
+    Args:
+        rows: of each rank, of each of its batches.
+    """
+    path = run / f"nan_step_{step}.json"
     found = {
-        "step": step.step,
+        "step": step,
         "loss": str(loss),  # JSON has no nan
         "grad_norm": str(grad_norm),
-        "batches": [task.rows(batch) for batch in step.batches],
+        "batches": [list(chain(*parts)) for parts in zip(*rows, strict=True)],
     }
     atomic_write(path, json.dumps(found) + "\n")
     return path

@@ -12,6 +12,7 @@ from fastgpt import ops
 from fastgpt.errors import UserError
 from fastgpt.model.gpt import Block
 from fastgpt.ops import registry
+from fastgpt.train import parallel
 
 OptimizerName = Literal["adamw", "muon"]
 
@@ -46,7 +47,11 @@ class AdamW(torch.optim.AdamW):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         limit = self.grad_clip if self.grad_clip > 0 else float("inf")
         if self._is_ours(params):
-            self.grad_norm, factor = ops.clip_grad_norm([p.grad for p in params], limit)
+            self.grad_norm, factor = ops.clip_grad_norm([_local(p.grad) for p in params], limit)
+            if any(_is_sharded(p) for p in params):
+                self.grad_norm = parallel.total(self.grad_norm.square()).sqrt()
+                factor = (limit / (self.grad_norm + 1e-6)).clamp(max=1.0)
+                factor = torch.where(self.grad_norm.isfinite(), factor, torch.nan)
             for group in self.param_groups:
                 self._update(group, factor)
         else:
@@ -74,7 +79,7 @@ class AdamW(torch.optim.AdamW):
         scaler = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))  # set by torch.amp.GradScaler.step
         return (
             all(s is None for s in scaler)
-            and all(registry.takes_kernel(op, p) for op in ("adamw_step", "clip_grad_norm") for p in params[:1])
+            and all(registry.takes_kernel(op, _local(p)) for op in ("adamw_step", "clip_grad_norm") for p in params[:1])
             and all(_is_plain(p) and p.device == params[0].device for p in params)
             and not any(
                 g[o] for g in self.param_groups for o in ("amsgrad", "maximize", "capturable", "differentiable")
@@ -94,10 +99,10 @@ class AdamW(torch.optim.AdamW):
             alike[state["step"].item(), p.dtype, "master" in state].append(p)
         for (step, _, has_masters), params in alike.items():
             ops.adamw_step(
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
+                [_local(p) for p in params],
+                [_local(p.grad) for p in params],
+                [_local(self.state[p]["exp_avg"]) for p in params],
+                [_local(self.state[p]["exp_avg_sq"]) for p in params],
                 step=step,
                 lr=group["lr"],
                 betas=group["betas"],
@@ -157,9 +162,18 @@ class AdamW(torch.optim.AdamW):
                 p.copy_(self.state[p]["master"])
 
 
+def _is_sharded(t: Tensor | None) -> bool:
+    return hasattr(t, "to_local")  # a DTensor, whose import takes long
+
+
+def _local(t: Any) -> Tensor:
+    """What this rank has of a sharded tensor, as a view: an update is element by element, so it is enough."""
+    return t.to_local() if _is_sharded(t) else t
+
+
 def _is_plain(p: Tensor) -> bool:
     """Whether the kernels take this parameter with what torch keeps for it: its moments, of its own dtype."""
-    grad = p.grad
+    p, grad = _local(p), _local(p.grad)
     return (
         type(p) in (Tensor, nn.Parameter)
         and type(grad) is Tensor

@@ -16,8 +16,8 @@ from fastgpt.errors import UserError
 from fastgpt.files import sha256_file
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import Tokenizer
-from fastgpt.train import mup
-from fastgpt.train.config import TrainConfig
+from fastgpt.train import mup, parallel
+from fastgpt.train.config import TrainConfig, as_restarted
 from fastgpt.train.optimizer import build_optimizer
 from fastgpt.train.task import Task
 from fastgpt.train.trainer import (
@@ -39,20 +39,28 @@ def validation_loss(
     max_batches: int | None = None,
     precision: str = "fp32",
 ) -> tuple[float, int]:
-    """Mean loss (nats per token) over the first `max_batches` batches of `data`, all if None; and how many tokens."""
+    """Mean loss (nats per token) over the first `max_batches` batches of `data`, all if None; and how many tokens.
+
+    Where there are ranks, all must call it, and they share the batches.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    total, tokens = 0.0, 0
+    batches = data.sequential_windows(batch_size, max_batches)
+    sums = torch.zeros(len(batches), dtype=torch.float64)  # each by one rank, so that they are added as by one process
     try:
-        for x, y in data.sequential_batches(batch_size, max_batches):
+        for start in range(0, len(batches), parallel.size()):
+            i = start + parallel.rank()
+            # Sharded weights need all ranks to run alike: one without a batch of its own does another's, for nothing.
+            x, y = data.batch(batches[min(i, len(batches) - 1)])
             with autocast(device, precision):
-                loss = model.loss(x.to(device), y.to(device))
-            total += loss.item() * y.numel()
-            tokens += y.numel()
+                loss = model.loss(x.to(device), y.to(device)).item()
+            if i < len(batches):
+                sums[i] = loss * y.numel()
     finally:
         model.train(was_training)
-    return total / tokens, tokens
+    tokens = data.block_size * sum(map(len, batches))
+    return sum(parallel.total(sums).tolist()) / tokens, tokens
 
 
 class Batch(NamedTuple):
@@ -113,7 +121,8 @@ class Pretraining(Task[Batch]):
         precision = pick_precision(config.precision, self.device, rows, self.model.config.n_embd)
         self.config = config = replace(config, block_size=block_size, precision=precision)
         if config.minutes is not None:
-            seconds = self._seconds_per_step(config, block_size)
+            mine = self._seconds_per_step(config, block_size)
+            seconds = parallel.on_main(lambda: mine)
             done = latest[0] if latest else 0
             steps = done + max(1, round(60 * config.minutes / seconds))
             self.config = config = replace(config, max_steps=steps, minutes=None)
@@ -173,7 +182,9 @@ class Pretraining(Task[Batch]):
         return sorted(times[1:])[len(times[1:]) // 2]
 
     def next_batch(self) -> Batch:
-        windows = self.train_data.next_windows(self.config.batch_size)
+        # All ranks count all of a step's windows, so that a checkpoint's position means the same to any number of them.
+        B, rank = self.config.batch_size, parallel.rank()
+        windows = self.train_data.next_windows(B * parallel.size())[rank * B : (rank + 1) * B]
         return Batch(*self.train_data.batch([window for _, window in windows]), windows)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -224,12 +235,27 @@ class Pretraining(Task[Batch]):
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
+    def snapshot(self) -> Callable[[Path], None]:
+        weights = parallel.whole_weights(self.model)
+
+        def write(folder: Path) -> None:
+            with torch.device("meta"):
+                model = GPT(self.model.config)
+            model.load_state_dict(weights, assign=True)
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+        return write
+
     def describe(self) -> str:
         c, model = self.config, self.model.config
         assert c.block_size is not None
+        n = parallel.size()
+        ranks = f" on {n} ranks ({c.parallel or 'ddp'})" if n > 1 else ""
         return (
             f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
-            f"{model.num_parameters():,} parameters; {c.batch_size * c.grad_accum * c.block_size:,} tokens a step"
+            f"{model.num_parameters():,} parameters; {n * c.batch_size * c.grad_accum * c.block_size:,} tokens a step"
+            f"{ranks}"
         )
 
     def about(self) -> dict[str, Any]:
@@ -250,7 +276,9 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         UserError: anything that a user can put right: the line says what and how.
     """
-    with explained_run(config):
+    with parallel.ranks(config.parallel, pick_device(config.device)), explained_run(config):
+        if parallel.restarted():
+            config = as_restarted(config)
         latest = open_run(config)
         task = Pretraining(config, latest)
-        return Trainer(task.config, task, latest).run()
+        return Trainer(task.config, task, latest, config.parallel).run()

@@ -64,6 +64,11 @@ def differences(run: Path, now: dict[str, Any]) -> list[str]:
     return [f"{name} {before[name]} -> {after[name]}" for name in after if before.get(name, after[name]) != after[name]]
 
 
+def saved_ranks(run: Path) -> int:
+    """How many ranks made the steps of a run folder, by its config.json."""
+    return int(json.loads((run / "config.json").read_text()).get("ranks", 1))
+
+
 def _flat(environment: dict[str, Any]) -> dict[str, str]:
     """Both in config.json's form."""
     git = environment.get("git", {})

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from fastgpt.train import parallel
+
 
 class Interrupted(Exception):
     """A signal came in the middle of something that may be left."""
@@ -23,6 +25,10 @@ class StopSignals:
 
     def __bool__(self) -> bool:
         return bool(self.received)
+
+    def any_rank(self) -> int:
+        """The signal that came to any rank, 0 for none: all ranks ask at the same step, and stop at the same one."""
+        return parallel.highest(self.received[0] if self.received else 0)
 
     def __enter__(self) -> "StopSignals":
         with suppress(ValueError):

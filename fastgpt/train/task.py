@@ -1,5 +1,6 @@
 """What a run trains, as the trainer sees it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -65,6 +66,10 @@ class Task(Generic[Batch]):
 
     def write_model(self, folder: Path) -> None:
         """The model and its tokenizer as a folder that others open."""
+        raise NotImplementedError
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """`write_model` of the model as it is now, for a call while the training goes on; all ranks ask for it."""
         raise NotImplementedError
 
     def describe(self) -> str:

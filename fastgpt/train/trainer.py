@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,17 +23,20 @@ from torch import Tensor
 from fastgpt.errors import UserError
 from fastgpt.files import atomic_dir, atomic_write, explained
 from fastgpt.model.gpt import Transformer
-from fastgpt.train import checkpoint
-from fastgpt.train.config import RunConfig, check_same_run
-from fastgpt.train.metrics import RunLog
+from fastgpt.train import checkpoint, parallel
+from fastgpt.train.config import RunConfig, check_same_run, check_step_size
+from fastgpt.train.metrics import QuietLog, RunLog
 from fastgpt.train.monitor import SKIPPED_IN_A_ROW, SpikeDetector, skipped_in_a_row, write_bad_step
 from fastgpt.train.optimizer import build_optimizer
-from fastgpt.train.provenance import differences, environment
+from fastgpt.train.provenance import differences, environment, saved_ranks
 from fastgpt.train.schedule import learning_rate
 from fastgpt.train.signals import Interrupted, StopSignals
 from fastgpt.train.speed import faster_precision, peak_flops
 from fastgpt.train.task import Task
 from fastgpt.train.writers import check_writers, open_writers
+
+if TYPE_CHECKING:
+    from fastgpt.train.sharded import Saves
 
 
 @dataclass
@@ -76,7 +79,9 @@ class Step:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a `--device` option: `auto` is a GPU if there is one."""
+    """The device of a `--device` option: `auto` is a GPU if there is one; of a rank, its own."""
+    if local := parallel.local_device(name):
+        return local
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -90,7 +95,7 @@ def pick_device(name: str) -> torch.device:
 
 def pick_precision(name: str, device: torch.device, rows: int, width: int) -> Any:
     """The precision of a `--precision` option, for matmuls of (rows, width): `auto` measures which is faster."""
-    return faster_precision(device, rows, width) if name == "auto" else name
+    return parallel.on_main(lambda: faster_precision(device, rows, width)) if name == "auto" else name
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -104,9 +109,17 @@ def open_run(config: RunConfig) -> tuple[int, Path] | None:
     Raises:
         UserError: it is neither, or the checkpoint is damaged, or a package that the run writes with is missing.
     """
+    if parallel.launched() and parallel.size() == 1:
+        raise UserError(f"fastgpt {config.command} runs on one device: start it without torchrun")
+    return parallel.on_main(lambda: _open_run(config))
+
+
+def _open_run(config: RunConfig) -> tuple[int, Path] | None:
     check_writers(config)
     if config.resume:
-        check_same_run(type(config).load(config.out), config)
+        saved = type(config).load(config.out)
+        check_same_run(saved, config)
+        check_step_size(saved, saved_ranks(config.out), config, parallel.size())
         checkpoint.remove_unfinished(config.out)
         return checkpoint.newest(config.out)
     if (config.out / "config.json").exists():
@@ -133,9 +146,16 @@ class Trainer:
         config: of the run, with `max_steps`, `lr` and `precision` settled.
         task: with the weights of `latest` where there is one.
         latest: what `open_run` gave.
+        mode: how ranks share the model, where there are any; None is "ddp".
     """
 
-    def __init__(self, config: RunConfig, task: Task[Any], latest: tuple[int, Path] | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        task: Task[Any],
+        latest: tuple[int, Path] | None,
+        mode: parallel.Mode | None = None,
+    ) -> None:
         assert config.max_steps is not None
         assert config.lr is not None
         assert config.precision != "auto"
@@ -143,7 +163,14 @@ class Trainer:
         self.max_steps, self.lr = config.max_steps, config.lr
         self.eval_interval = config.eval_interval or max(1, min(250, config.max_steps // 8))
         self.device = next(task.model.parameters()).device
-        torch.manual_seed(config.seed)  # again: nothing that was measured before may move what dropout draws
+        # Again: nothing that was measured before may move what dropout draws.
+        torch.manual_seed(parallel.seed(config.seed))
+        self._loss, self._unsynchronized = parallel.wrap(task, mode, config.precision)
+        self._saves: Saves | None = None
+        if parallel.size() > 1:
+            from fastgpt.train import sharded
+
+            self._saves = sharded.Saves()
         self.optimizer = build_optimizer(
             task.model,
             self.lr,
@@ -162,15 +189,26 @@ class Trainer:
         self.late = self.device.type == "cuda"
         if latest:
             self._restore(*latest)
-        self._write_run()
+        self._changes: list[str] = []
+        if parallel.is_main():
+            self._write_run()
 
     def _restore(self, step: int, folder: Path) -> None:
         state = checkpoint.load_state(folder)
-        self.optimizer.load_state_dict(state["optimizer"])
+        random = state
+        if parallel.size() > 1 or (folder / checkpoint.RANKS).exists():
+            from fastgpt.train import sharded
+
+            random = sharded.restore(folder, state["optimizer"], self.optimizer)
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
         self.task.load_state_dict(state["task"])
-        torch.set_rng_state(state["cpu_rng"])
-        if self.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        if "cpu_rng" in random:
+            torch.set_rng_state(random["cpu_rng"])
+        else:  # more or fewer ranks than before: dropout goes on with numbers that none of them has drawn yet
+            torch.manual_seed(parallel.seed(self.config.seed, step))
+        if self.device.type == "cuda" and random.get("cuda_rng") is not None:
+            torch.cuda.set_rng_state(random["cuda_rng"], self.device)
         self.step, self.tokens, self.seconds = step, state["tokens"], state["seconds"]
 
     def _write_run(self) -> None:
@@ -180,21 +218,24 @@ class Trainer:
             c.out.mkdir(parents=True, exist_ok=True)
         found = {**self.task.about(), **environment(self.device)}
         self._changes = differences(c.config if c.config and not c.resume else c.out, found)
-        config = {**c.to_json(), "eval_interval": self.eval_interval, **found}
+        config = {**c.to_json(), "eval_interval": self.eval_interval, "ranks": parallel.size(), **found}
         atomic_write(c.out / "config.json", json.dumps(config, indent=1) + "\n")
 
     def save(self, best: int | None = None) -> Path:
-        """Writes checkpoints/step_<n>/ for the step now; the one of step `best` is kept beside the newest."""
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "task": self.task.state_dict(),
-            "cpu_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-        }
+        """Writes checkpoints/step_<n>/ for the step now; the one of step `best` is kept beside the newest.
+
+        Of several ranks it is written while the training goes on; `_saves.finish` waits for it.
+        """
+        c = self.config
+        state = {"task": self.task.state_dict(), "tokens": self.tokens, "seconds": self.seconds}
         with self.optimizer.full_precision():
-            return checkpoint.save(self.config.out, self.step, self.task.write_model, state, self.config.keep, best)
+            if self._saves:
+                write_model = self.task.snapshot()
+                return self._saves.start(c.out, self.step, write_model, state, self.optimizer, c.keep, best)
+            state["optimizer"] = self.optimizer.state_dict()
+            state["cpu_rng"] = torch.get_rng_state()
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+            return checkpoint.save(c.out, self.step, self.task.write_model, state, c.keep, best)
 
     def _save(self, log: RunLog) -> Path:
         log.sync()
@@ -216,14 +257,18 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         batches = [self.task.next_batch() for _ in range(c.grad_accum)]
-        whole = sum(self.task.weight(batch) for batch in batches)
+        sums = [sum(map(of, batches)) for of in (self.task.weight, self.task.tokens)]
+        weight, tokens = parallel.total(torch.tensor(sums, dtype=torch.float64)).tolist()
+        mean = weight / parallel.size()  # over ranks, which the gradients' average over ranks belongs to
         total = torch.zeros((), device=self.device)
-        for batch in batches:
-            with autocast(self.device, c.precision):
-                loss = self.task.loss(batch) * (self.task.weight(batch) / whole)
-            loss.backward()
+        for i, batch in enumerate(batches):
+            with self._unsynchronized() if i + 1 < len(batches) else nullcontext():
+                with autocast(self.device, c.precision):
+                    loss = self._loss(batch) * (self.task.weight(batch) / mean)
+                loss.backward()
             total += loss.detach()
-            self.tokens += self.task.tokens(batch)
+        total = parallel.total(total / parallel.size())
+        self.tokens += int(tokens)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -260,10 +305,14 @@ class Trainer:
 
     def _step_over(self, step: Step, loss: float, grad_norm: float, log: RunLog) -> None:
         """A step that is not finite: the optimizer has left the weights as they were before it."""
+        if self._saves:
+            self._saves.finish()  # it may be the last good one
         what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient's norm became {grad_norm}"
         line = f"{what} at step {step.step}"
         try:
-            line += f", its rows are in {write_bad_step(self.config.out, self.task, step, loss, grad_norm)}"
+            rows = parallel.gathered([self.task.rows(batch) for batch in step.batches])
+            path = parallel.on_main(lambda: write_bad_step(self.config.out, rows, step.step, loss, grad_norm))
+            line += f", its rows are in {path}"
         except UserError as error:  # what became of the loss matters more
             line += f" ({error})"
         kept = checkpoint.steps(self.config.out)
@@ -282,7 +331,8 @@ class Trainer:
         """Validates; a signal leaves it out, so that the run is saved soon, and the resumed run makes up for it."""
         self.task.model.eval()
         try:
-            with signals.interrupting():
+            # Ranks evaluate together: one alone cannot leave it.
+            with signals.interrupting() if parallel.size() == 1 else nullcontext():
                 with autocast(self.device, self.config.precision):
                     figures = self.task.evaluate()
                 sample = self.task.sample()
@@ -324,10 +374,10 @@ class Trainer:
         c, task = self.config, self.task
         mfu = ""
         if task.flops_per_token:
-            self._peak, peak_source = peak_flops(self.device, c.precision)
+            peak, peak_source = parallel.on_main(lambda: peak_flops(self.device, c.precision))
+            self._peak = peak * parallel.size()
         task.model.train()
-        writers = open_writers(c, self.step)
-        with RunLog(c.out, self.step, self.max_steps, task.loss_unit, writers) as log, StopSignals() as signals:
+        with self._open_log() as log, StopSignals() as signals:
             log.say(f"{task.describe()}, {c.precision} on {self.device}")
             if self.step:
                 log.say(f"resumed from {c.out / 'checkpoints' / f'step_{self.step}'}")
@@ -338,7 +388,7 @@ class Trainer:
                 self._evaluate(log, signals)
             pending: Step | None = None
             self._clock, self._read = time.perf_counter(), self.tokens
-            while self.step < self.max_steps and not signals and not self._patience_is_over(log):
+            while self.step < self.max_steps and not signals.any_rank() and not self._patience_is_over(log):
                 step = self.train_step()
                 if pending:
                     self._finish(pending, log)
@@ -360,6 +410,9 @@ class Trainer:
                 self._finish(pending, log)
             best = self._best(log)
             saved = self._save(log)  # nothing to do where the loop has just done it
+            if self._saves:
+                self._saves.finish()
+            stopped = signals.any_rank()
             log.draw(last=True)
             losses = [r["val_loss"] for r in log.records if "val_loss" in r] or [math.nan]  # stopped before the first
             rates = sorted(r["tokens_per_s"] for r in log.records if "loss" in r)
@@ -370,8 +423,8 @@ class Trainer:
                     mfu = f", MFU {share:.0%} of {self._peak / 1e9:,.0f} GFLOP/s ({peak_source})"
                 log.say(f"{median:,.0f} tokens/s{mfu}")
             first, last = losses[0], losses[-1]
-            if signals:
-                name = signal.Signals(signals.received[0]).name
+            if stopped:
+                name = signal.Signals(stopped).name
                 log.say(f"{name}: saved {saved}; go on with: fastgpt {c.command} --out {c.out} --resume")
             else:
                 if self.step < self.max_steps:
@@ -379,9 +432,16 @@ class Trainer:
                 log.say(f"finished at step {self.step}: validation loss {first:.4f} -> {last:.4f}; saved {saved}")
             if best not in checkpoint.steps(c.out):  # there is no best, or somebody has moved it away
                 best = self.step
-            return TrainResult(
-                self.step, last, first, saved, best, self.seconds, signals.received[0] if signals else None
-            )
+            return TrainResult(self.step, last, first, saved, best, self.seconds, stopped or None)
+
+    def _open_log(self) -> RunLog:
+        """Of rank 0, the one that writes; the others have its records, by which all decide alike."""
+        c = self.config
+        log: RunLog = QuietLog()
+        if parallel.is_main():
+            log = RunLog(c.out, self.step, self.max_steps, self.task.loss_unit, open_writers(c, self.step))
+        log.records = parallel.on_main(lambda: log.records)
+        return log
 
 
 def publish_best(run: Path, result: TrainResult) -> Path:
