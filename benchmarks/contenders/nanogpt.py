@@ -4,8 +4,8 @@ only; compiled whole by default.
 
 Biases are there, as in GPT-2 and in nanoGPT's own GPT-2 files, though its default for training from scratch leaves them
 out: without them it would be another model, and equal losses could not show that the work is the same. The vocabulary
-is padded to a multiple of 64, as its default 50,304 is; the padding's zero rows add log(1 + padding / vocabulary) to
-the loss, 0.0009 for GPT-2's.
+of GPT-2 is padded to 50,304 as it does, and any other is not; the padding's zero rows add log(50,304 / 50,257) to the
+loss, 0.0009.
 """
 
 import importlib.util
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from contenders import BETAS, LR, Contender, decayed
 from fastgpt import GPTConfig
 from fastgpt.errors import UserError
+
+PADDED = {50257: 50304}  # vocabularies
 
 
 class CausalSelfAttention(nn.Module):
@@ -98,13 +100,14 @@ def eager(
     config: GPTConfig, weights: dict[str, Tensor], device: torch.device, checkout: Path | None, compiled: bool = False
 ) -> Contender:
     sizes = SimpleNamespace(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd)
-    sizes.block_size, sizes.vocab_size = config.n_positions, config.padded_vocab_size
+    sizes.block_size, sizes.vocab_size = config.n_positions, PADDED.get(config.vocab_size, config.vocab_size)
     model: nn.Module
     if checkout is None:
         model = Model(**vars(sizes))
     else:
         real = _of_checkout(checkout)
         model = real.GPT(real.GPTConfig(**vars(sizes), dropout=0.0, bias=True))
+    weights = {**weights, "transformer.wte.weight": weights["transformer.wte.weight"][: sizes.vocab_size]}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert missing in ([], ["lm_head.weight"]), missing
     assert not unexpected, unexpected
