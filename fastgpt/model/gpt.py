@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastgpt import ops
 from fastgpt.model.config import GPTConfig
+from fastgpt.model.fused_block import NAMES, FusedBlock
 from fastgpt.model.kv_cache import KVCache
 from fastgpt.ops.attention_spans import check_boundaries
 
@@ -97,9 +98,16 @@ class Block(nn.Module):
         self, x: Tensor, residual: Tensor | None, cache: KVCache | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Takes and gives the residual stream as two parts whose sum is not made yet: the next norm makes it."""
+        if cache is None and cu_seqlens is None and self._fusable(x):
+            params = [self.get_parameter(name) for name in NAMES]
+            return FusedBlock.apply(x, residual, self.attn.n_head, self.ln_1.eps, *params)
         residual, norm = (x, self.ln_1(x)) if residual is None else self.ln_1.add(x, residual)
         residual, norm = self.ln_2.add(self.attn(norm, cache, cu_seqlens), residual)
         return self.mlp(norm), residual
+
+    def _fusable(self, x):
+        import os
+        return not os.environ.get("NOFUSE") and torch.is_grad_enabled()
 
 
 class Transformer(nn.Module):
