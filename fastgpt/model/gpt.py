@@ -21,6 +21,7 @@ from fastgpt import ops
 from fastgpt.model.config import GPTConfig
 from fastgpt.model.fused_block import NAMES, FusedBlock
 from fastgpt.model.kv_cache import KVCache
+from fastgpt.model.tied import TiedGradient
 from fastgpt.ops.attention_spans import check_boundaries
 
 
@@ -122,11 +123,22 @@ class Transformer(nn.Module):
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.vocab_size = config.vocab_size
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, C) of ids (B, T), after the last norm; arguments and errors as for `GPT.hidden`."""
+    def forward(
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        tie: TiedGradient | None = None,
+    ) -> Tensor:
+        """Hidden states (B, T, C) of ids (B, T), after the last norm; arguments and errors as for `GPT.hidden`.
+
+        With `tie` the gradient of wte is made together with a loss's.
+        """
         start = cache.length if cache is not None else 0
         self._check(ids, start, cu_seqlens)
-        if cu_seqlens is None:
+        if tie is not None:
+            x = tie.embedding(ids, self.wte.weight, self.wpe.weight)
+        elif cu_seqlens is None:
             x = ops.embedding(ids, self.wte.weight, self.wpe.weight, start)
         else:
             x = self.wte(ids) + self.wpe(_positions(ids, cu_seqlens))
@@ -253,9 +265,17 @@ class GPT(nn.Module):
         """
         if targets.shape != ids.shape:
             raise ValueError(f"targets must have the shape of ids {tuple(ids.shape)}, got {tuple(targets.shape)}")
+        if self._ties(cu_seqlens, reduction):
+            tie = TiedGradient()
+            wte = self.transformer.wte.weight
+            return tie.loss(self.transformer(ids, tie=tie), wte, self.config.vocab_size, targets, reduction)
         hidden = self.hidden(ids, cu_seqlens)  # (B, T, C)
         weight = self.classifier[: self.config.vocab_size]  # a view: the padding is not seen
         return ops.linear_cross_entropy(hidden, weight, targets, ignore_index=-100, reduction=reduction)
+
+    def _ties(self, cu_seqlens, reduction) -> bool:
+        import os
+        return not os.environ.get("NOTIE") and torch.is_grad_enabled()
 
     def set_dropout(self, p: float) -> None:
         """Sets every dropout of the model to `p`, as for fine-tuning a model that was trained with another."""
