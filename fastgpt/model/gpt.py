@@ -66,8 +66,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None, cu_seqlens: Tensor | None) -> Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each, views of one tensor
+        q, k, v = ops.split_heads(self.c_attn(x), self.n_head)  # (B, H, T, D) each, views of one tensor
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         dropout = self.attn_pdrop if self.training else 0.0

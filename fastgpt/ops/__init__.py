@@ -14,6 +14,7 @@ from fastgpt.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_
 from fastgpt.ops.lora_linear import lora_linear, lora_linear_reference
 from fastgpt.ops.nf4 import NF4Weight, dequantize_nf4, dequantize_nf4_reference, quantize_nf4
 from fastgpt.ops.registry import Implementation, implementations, using
+from fastgpt.ops.split_heads import split_heads
 
 __all__ = [
     "Implementation",
@@ -40,5 +41,6 @@ __all__ = [
     "lora_linear",
     "lora_linear_reference",
     "quantize_nf4",
+    "split_heads",
     "using",
 ]

@@ -128,7 +128,8 @@ def _route(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout_p: float, cu_s
             return "reference"
         # Through torch's own autograd: in Python it takes 20 us more each way, and 150 with cold caches. But rows that
         # are not contiguous would make it take its unfused path.
-        return "sdpa" if plain and q.stride(3) == k.stride(3) == v.stride(3) == 1 else "kernel"
+        own = attention_cpu.takes_causal(q, k, causal, dropout_p, cu_seqlens)
+        return "sdpa" if plain and not own and q.stride(3) == k.stride(3) == v.stride(3) == 1 else "kernel"
     major, minor = torch.cuda.get_device_capability(q.device)
     if q.dtype == torch.float64 or q.size(3) > MAX_HEAD_DIM or major < 8:  # before Ampere there is no bf16
         return "reference"
@@ -242,7 +243,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, seed, cu_seqlens = ctx.saved_tensors
-    grads = registry.call_below_autograd("attention_backward", dout, *tensors, *ctx.options, seed, cu_seqlens)
+    args = (dout, *tensors, *ctx.options, seed, cu_seqlens)
+    if ctx.direct and not torch.is_grad_enabled():
+        with torch._C._AutoDispatchBelowAutograd():
+            grads = _module(dout).backward(*args, together=True)
+    else:
+        grads = registry.call_below_autograd("attention_backward", *args)
     return *grads, None, None, None, None, None
 
 
@@ -259,17 +265,22 @@ torch.library.impl("fastgpt::attention", "cpu")(attention_cpu.forward)
 torch.library.impl("fastgpt::attention_backward", "cpu")(attention_cpu.backward)
 
 
+def _module(t: Tensor) -> Any:
+    return attention_cpu if t.device.type == "cpu" else attention_launch
+
+
 def _launch(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return (attention_cpu if q.device.type == "cpu" else attention_launch).forward(q, *args)
+    return _module(q).forward(q, *args)
 
 
 _call = registry.differentiable("attention", save=_save, backward=_backward, launcher=_launch)
 registry.register(
     "attention",
-    cpu="SDPA",
+    cpu="C++ and SDPA",
     cuda="Triton",
     because={
-        "cpu": "torch's flash kernel, called so that it skips what is masked; "
+        "cpu": ("C++ for causal training in fp32, else " if attention_cpu.HAS_CAUSAL else "")
+        + "torch's flash kernel, called so that it skips what is masked; "
         + ("dropout is in C++" if attention_cpu.HAS_DROPOUT else "dropout takes the reference, as no C++ is built"),
         "cuda": attention_table.describe(),
     },

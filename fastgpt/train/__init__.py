@@ -4,8 +4,9 @@ from fastgpt.train.config import RunConfig, TrainConfig, option
 from fastgpt.train.optimizer import AdamW, build_optimizer
 from fastgpt.train.pretrain import train, validation_loss
 from fastgpt.train.schedule import cosine_lr
+from fastgpt.train.task import Task
 from fastgpt.train.trainer import (
-    Task,
+    Step,
     Trainer,
     TrainResult,
     autocast,
@@ -19,6 +20,7 @@ from fastgpt.train.trainer import (
 __all__ = [
     "AdamW",
     "RunConfig",
+    "Step",
     "Task",
     "TrainConfig",
     "TrainResult",

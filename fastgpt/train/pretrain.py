@@ -15,8 +15,8 @@ from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import Tokenizer
 from fastgpt.train.config import TrainConfig
 from fastgpt.train.optimizer import build_optimizer
+from fastgpt.train.task import Task
 from fastgpt.train.trainer import (
-    Task,
     Trainer,
     TrainResult,
     autocast,

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastgpt
 from fastgpt.errors import UserError
@@ -30,64 +30,7 @@ from fastgpt.train.metrics import RunLog
 from fastgpt.train.optimizer import build_optimizer
 from fastgpt.train.schedule import cosine_lr
 from fastgpt.train.speed import faster_precision, peak_flops
-
-Batch = TypeVar("Batch")
-
-
-class Task(Generic[Batch]):
-    """What a run trains: a model, where its batches come from, its loss, and how well it does.
-
-    The trainer does the rest: steps, log, signals, checkpoints, resuming, and which checkpoint is the best.
-    """
-
-    model: nn.Module
-    """On the device that it is trained on; what requires no gradient is frozen."""
-    loss_unit: ClassVar[str] = "nats per token"
-    best_by: ClassVar[tuple[str, Literal["min", "max"]] | None] = None
-    """Which of `evaluate`'s figures says which checkpoint is the best, and which way; None: the last one is."""
-    patience: int | None = None
-    """After so many evaluations without a better one, the run ends."""
-    flops_per_token: float | None = None
-    """Of forward and backward; None where no share of the machine's peak is to be printed."""
-
-    def next_batch(self) -> Batch:
-        """The next one, on the CPU or already on the device."""
-        raise NotImplementedError
-
-    def loss(self, batch: Batch) -> Tensor:
-        """The mean loss of a batch, over what `weight` counts; it runs under the run's autocast."""
-        raise NotImplementedError
-
-    def weight(self, batch: Batch) -> float:
-        """How much of the step's mean a batch is, beside the others that are accumulated: its targets, or its rows."""
-        return 1.0
-
-    def tokens(self, batch: Batch) -> int:
-        """How many tokens a forward pass of this batch reads."""
-        raise NotImplementedError
-
-    def evaluate(self) -> dict[str, float]:
-        """The validation figures; "val_loss" is one of them. The model is in eval mode, without gradients."""
-        raise NotImplementedError
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs beside the model folder, the optimizer and torch's random states."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-    def write_model(self, folder: Path) -> None:
-        """The model and its tokenizer as a folder that others open."""
-        raise NotImplementedError
-
-    def describe(self) -> str:
-        """The model in one line."""
-        raise NotImplementedError
-
-    def about(self) -> dict[str, Any]:
-        """What config.json says of the run beside its config."""
-        return {}
+from fastgpt.train.task import Task
 
 
 @dataclass
@@ -107,6 +50,24 @@ class TrainResult:
     best: int
     seconds: float
     signal: int | None = None
+
+
+@dataclass
+class Step:
+    """An optimizer step that was launched. Nothing of it was read from the device: that would make the host wait.
+
+    Attributes:
+        step: which one, from 1.
+        tokens: that the run has read, this step's included.
+        loss: the mean over its batches, 0-dim.
+        grad_norm: of the whole gradient before clipping, 0-dim.
+    """
+
+    step: int
+    tokens: int
+    lr: float
+    loss: Tensor
+    grad_norm: Tensor
 
 
 def pick_device(name: str) -> torch.device:
@@ -203,6 +164,10 @@ class Trainer:
             task.model, self.lr, config.weight_decay, (config.beta1, config.beta2), config.grad_clip
         )
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self._clock, self._read = 0.0, 0  # when a step's figures were last read, and the tokens by then
+        # On a GPU a step's loss is read when the next one is launched, so that the host never lets the device wait. A
+        # CPU has nothing to gain: its step is done when it is launched.
+        self.late = self.device.type == "cuda"
         if latest:
             self._restore(*latest)
         self._write_run()
@@ -244,8 +209,8 @@ class Trainer:
         }
         return checkpoint.save(self.config.out, self.step, self.task.write_model, state, self.config.keep, best)
 
-    def train_step(self) -> tuple[Tensor, float]:
-        """One optimizer step; returns its mean loss, on the device, and the learning rate it was made with."""
+    def train_step(self) -> Step:
+        """Launches one optimizer step."""
         c = self.config
         lr = cosine_lr(
             self.step,
@@ -268,7 +233,31 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return total, lr
+        assert self.optimizer.grad_norm is not None
+        return Step(self.step, self.tokens, lr, total, self.optimizer.grad_norm)
+
+    def _finish(self, step: Step, log: RunLog) -> None:
+        """Reads what a step gave, for which it waits, and writes it down."""
+        loss = step.loss.item()
+        now = time.perf_counter()
+        elapsed, self._clock = now - self._clock, now
+        if not math.isfinite(loss):
+            raise UserError(self._lost(step.step, loss))
+        self.seconds += elapsed
+        rate = (step.tokens - self._read) / elapsed
+        self._read = step.tokens
+        share = {"mfu": round(rate * self.task.flops_per_token / self._peak, 4)} if self.task.flops_per_token else {}
+        log.record(
+            step=step.step,
+            tokens=step.tokens,
+            loss=loss,
+            lr=step.lr,
+            grad_norm=step.grad_norm.item(),
+            tokens_per_s=round(rate, 1),
+            **share,
+            seconds=round(self.seconds, 3),
+        )
+        log.progress(step.step, loss, rate)
 
     @torch.no_grad()
     def _evaluate(self, log: RunLog) -> None:
@@ -305,7 +294,7 @@ class Trainer:
         c, task = self.config, self.task
         mfu = ""
         if task.flops_per_token:
-            peak, peak_source = peak_flops(self.device, c.precision)
+            self._peak, peak_source = peak_flops(self.device, c.precision)
         task.model.train()
         with RunLog(c.out, self.step, self.max_steps, task.loss_unit) as log, _signals() as signals:
             log.say(f"{task.describe()}, {c.precision} on {self.device}")
@@ -313,35 +302,29 @@ class Trainer:
                 log.say(f"resumed from {c.out / 'checkpoints' / f'step_{self.step}'}")
             if not any("val_loss" in r for r in log.records):
                 self._evaluate(log)
+            pending: Step | None = None
+            self._clock, self._read = time.perf_counter(), self.tokens
             while self.step < self.max_steps and not signals and not self._patience_is_over(log):
-                start, tokens = time.perf_counter(), self.tokens
-                loss_tensor, lr = self.train_step()
-                loss = loss_tensor.item()
-                elapsed = time.perf_counter() - start
-                if not math.isfinite(loss):
-                    raise UserError(self._lost(loss))
-                self.seconds += elapsed
-                rate = (self.tokens - tokens) / elapsed
-                share = {"mfu": round(rate * task.flops_per_token / peak, 4)} if task.flops_per_token else {}
-                assert self.optimizer.grad_norm is not None
-                log.record(
-                    step=self.step,
-                    tokens=self.tokens,
-                    loss=loss,
-                    lr=lr,
-                    grad_norm=self.optimizer.grad_norm.item(),
-                    tokens_per_s=round(rate, 1),
-                    **share,
-                    seconds=round(self.seconds, 3),
-                )
-                log.progress(self.step, loss, rate)
-                if self.step % self.eval_interval == 0 or self.step == self.max_steps:
+                step = self.train_step()
+                if pending:
+                    self._finish(pending, log)
+                evaluate = self.step % self.eval_interval == 0 or self.step == self.max_steps
+                save = self.step % c.save_interval == 0
+                if self.late and not (evaluate or save or self.step == self.max_steps or signals):
+                    pending = step
+                    continue
+                pending = None
+                self._finish(step, log)
+                if evaluate:
                     self._evaluate(log)
                     if self._best(log) == self.step:
                         self.save(self.step)
-                if self.step % c.save_interval == 0:
+                if save:
                     self.save(self._best(log))
                     log.draw()
+                self._clock = time.perf_counter()
+            if pending:  # a signal that came after its launch
+                self._finish(pending, log)
             best = self._best(log)
             saved = self.save(best)  # nothing to do where the loop has just done it
             log.draw()
@@ -350,9 +333,8 @@ class Trainer:
             if rates:
                 median = rates[len(rates) // 2]
                 if task.flops_per_token:
-                    mfu = (
-                        f", MFU {median * task.flops_per_token / peak:.0%} of {peak / 1e9:,.0f} GFLOP/s ({peak_source})"
-                    )
+                    share = median * task.flops_per_token / self._peak
+                    mfu = f", MFU {share:.0%} of {self._peak / 1e9:,.0f} GFLOP/s ({peak_source})"
                 log.say(f"{median:,.0f} tokens/s{mfu}")
             first, last = losses[0], losses[-1]
             if signals:
@@ -366,10 +348,10 @@ class Trainer:
                 best = self.step
             return TrainResult(self.step, last, first, saved, best, self.seconds, signals[0] if signals else None)
 
-    def _lost(self, loss: float) -> str:
+    def _lost(self, step: int, loss: float) -> str:
         kept = checkpoint.steps(self.config.out)
         back = f"the last good checkpoint is {list(kept.values())[-1]}" if kept else "there is no checkpoint yet"
-        return f"the loss became {loss} at step {self.step}; {back}; start a new run with a smaller --lr"
+        return f"the loss became {loss} at step {step}; {back}; start a new run with a smaller --lr"
 
 
 def publish_best(run: Path, result: TrainResult) -> Path:

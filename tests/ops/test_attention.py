@@ -1,5 +1,6 @@
 import functools
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -179,6 +180,51 @@ class TestAttention(OpContract):
             T_k = T_q
             options["cu_seqlens"] = boundaries(B * T_q, *sorted(min(c, B * T_q) for c in cuts))
         self.check_accuracy(self.inputs((B, H, T_q, T_k, D, options), dtype, "cpu", layout, seed), roundings=16)
+
+    @pytest.mark.skipif(not attention_cpu.HAS_CAUSAL, reason="its kernel for causal training needs AVX-512")
+    @given(
+        B=st.integers(1, 3), H=st.integers(2, 4), T=st.integers(1, 140), D=st.sampled_from([16, 32, 48, 64, 80, 128]),
+        layout=st.sampled_from(["contiguous", "strided", "transposed", "offset"]),
+        cuts=st.none() | st.lists(st.integers(0, 420), max_size=8), scale=st.sampled_from([None, 0.9]),
+        seed=st.integers(0, 2**16),
+    )  # fmt: skip
+    @settings(max_examples=60, deadline=None)
+    def test_the_kernel_for_causal_training_at_random_shapes(self, B, H, T, D, layout, cuts, scale, seed):
+        """Also far below where it is the faster one."""
+        options = {"scale": scale}
+        if cuts is not None:
+            options["cu_seqlens"] = boundaries(B * T, *sorted(min(c, B * T) for c in cuts))
+        args = self.inputs((B, H, T, T, D, options), torch.float32, "cpu", layout, seed)
+        with mock.patch.object(attention_cpu, "MIN_SCORES", 1):
+            assert attention_cpu.takes_causal(*args[:2], True, 0.0, args[7]) == (T > 32 or cuts is not None)
+            self.check_accuracy(args, roundings=16)
+            again = [torch.autograd.grad(ops.attention(*args[:3], cu_seqlens=args[7]).sin().sum(), args[:3])]
+            again += [torch.autograd.grad(ops.attention(*args[:3], cu_seqlens=args[7]).sin().sum(), args[:3])]
+        assert all(torch.equal(a, b) for a, b in zip(*again, strict=True))
+
+    @pytest.mark.skipif(not attention_cpu.HAS_CAUSAL, reason="its kernel for causal training needs AVX-512")
+    def test_what_the_kernel_for_causal_training_takes(self):
+        q = torch.randn(2, 4, 128, 32)
+        assert attention_cpu.takes_causal(q, q, True, 0.0, None)
+        for other in (q.double(), q.bfloat16(), q[..., :20], q[:, :, :32], q[:1, :1]):
+            assert not attention_cpu.takes_causal(other, other, True, 0.0, None)
+        assert not attention_cpu.takes_causal(q, q, False, 0.0, None)
+        assert not attention_cpu.takes_causal(q, q, True, 0.1, None)
+        assert not attention_cpu.takes_causal(q[:, :, :100], q, True, 0.0, None)
+        assert not attention_cpu.takes_causal(*2 * [torch.empty(2, 4, 4096, 32)], True, 0.0, None)
+        with pytest.raises(RuntimeError, match=r"v must be \(B, H, T, D\), float32, D a multiple of 16"):
+            torch.ops.fastgpt.attention_causal_(
+                q, q, q[..., :8], q.clone(), q[..., 0].clone(), torch.tensor([[0, 0, 128]]), 1.0
+            )
+
+    @pytest.mark.skipif(not attention_cpu.HAS_CAUSAL, reason="its kernel for causal training needs AVX-512")
+    def test_a_nan_stays_in_what_it_reaches(self):
+        """A row with a NaN, and those after it that see it, have one; those before it do not."""
+        q = torch.randn(2, 4, 128, 32)
+        q[:, :, 70, 3] = torch.nan
+        for y in (ops.attention(q, q.nan_to_num(), q.nan_to_num()), ops.attention(q.nan_to_num(), q, q.nan_to_num())):
+            assert y[:, :, :70].isfinite().all()
+            assert y[:, :, 70].isnan().all()
 
     @pytest.mark.parametrize("device", DEVICES)
     def test_views_of_a_fused_projection_are_taken_as_they_are(self, device):

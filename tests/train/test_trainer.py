@@ -2,6 +2,7 @@ import json
 import resource
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,26 @@ def test_the_checkpoint_opens_in_transformers_with_the_same_loss(shards, tmp_pat
     with torch.no_grad():
         x = torch.tensor([ids])
         torch.testing.assert_close(ours(x), theirs(x).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("stop", [None, 6])
+def test_reading_the_loss_a_step_late_changes_nothing(shards, tmp_path, monkeypatch, stop):
+    """As on a GPU: what is recorded, when it is saved and what a signal does are the same."""
+
+    def run(out, late):
+        task = Pretraining(config(shards, out), None)
+        trainer = Trainer(task.config, task, None)
+        trainer.late = late
+        with monkeypatch.context() as patch:
+            if stop:
+                stop_at(patch, stop)
+            return trainer.run()
+
+    first, second = run(tmp_path / "at-once", False), run(tmp_path / "late", True)
+    assert first.step == second.step == (stop or 10)
+    assert losses(tmp_path / "late") == losses(tmp_path / "at-once")
+    for a, b in zip(weights(tmp_path / "at-once"), weights(tmp_path / "late"), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -310,8 +331,8 @@ def test_a_loss_that_is_nan_stops_and_names_the_last_checkpoint(shards, tmp_path
     plain = Trainer.train_step
 
     def broken(self):
-        loss, lr = plain(self)
-        return (loss * torch.nan, lr) if self.step == 5 else (loss, lr)
+        step = plain(self)
+        return replace(step, loss=step.loss * torch.nan) if self.step == 5 else step
 
     monkeypatch.setattr(Trainer, "train_step", broken)
     with pytest.raises(UserError, match=r"loss became nan at step 5.*step_3.*smaller --lr"):

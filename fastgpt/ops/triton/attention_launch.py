@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from fastgpt.ops import philox
+from fastgpt.ops.attention_cpu import empty_grads
 from fastgpt.ops.triton.attention import attention_forward, combine, document_spans
 from fastgpt.ops.triton.attention_backward import attention_backward_kv, attention_backward_q
 
@@ -218,17 +219,19 @@ def backward(
     seed: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     *,
+    together: bool = False,
     tiles: tuple[Tile, Tile] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, from what `forward` took and gave; `tiles` is for tests."""
+    """Gradients of q, k and v, from what `forward` took and gave.
+
+    `together` is as for `attention_cpu.empty_grads`; `tiles` is for tests.
+    """
     B, H, T_q, D = q.shape
     T_k = k.size(2)
+    dq, dk, dv = empty_grads(q, k, v, together)
     if q.numel() == 0 or k.numel() == 0:
-        dq, dk, dv = (heads_last(B, H, t.size(2), D, t).zero_() for t in (q, k, v))
-        return dq, dk, dv
+        return dq.zero_(), dk.zero_(), dv.zero_()
     q, k, v, out, dout = map(_rows_contiguous, (q, k, v, out, dout))
-    dq = heads_last(B, H, T_q, D, q)
-    dk, dv = (heads_last(B, H, T_k, D, q) for _ in range(2))
     delta = torch.empty_like(lse)
     dropout = dropout_p > 0.0
     if tiles is None:
