@@ -200,17 +200,6 @@ def peak_bytes(call: Call, device: str) -> int | None:
     return min(found)
 
 
-def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed, where it would give every large tensor back to the system and ask for it again.
-
-    Else the system's first touch of each page is what is timed: 20 of 25 ms of a bias_gelu that writes 50 MB.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end stays
-
-
 def _trim() -> None:
     """Gives freed memory back to the system: a call that takes it from there again is seen to take it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not

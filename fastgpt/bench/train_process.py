@@ -22,6 +22,7 @@ from fastgpt.bench.profile import op_shares
 from fastgpt.bench.timing import reset_peak, resident
 from fastgpt.errors import UserError
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.train.memory import keep_freed_memory
 from fastgpt.train.optimizer import build_optimizer
 from fastgpt.train.trainer import autocast
 
@@ -90,6 +91,8 @@ def _build(name: str, job: Job) -> Any:
     torch.manual_seed(0)
     model = GPT(job.config)
     if shared is None:
+        if job.device == "cpu":
+            keep_freed_memory()  # as the trainer does
         model.to(device)
         optimizer = build_optimizer(model, lr=6e-4)
         return Ours(f"fastgpt {fastgpt.__version__}", model, model.loss, optimizer)

@@ -16,7 +16,7 @@ from fastgpt.files import atomic_write, explained
 LEGEND = """\
 tokens/s: median over the rounds. fastgpt is: how many times as fast as the contender, median of the rounds' ratios
 (least to greatest). MFU: share of the matmul rate that was measured in the same rounds, and of the data sheet's where
-it is known. MiB: peak of the process above what was there before the model; of it: fastgpt's peak over the contender's."""
+it is known. MiB: peak of the process above what was there before the model; of it: fastgpt's peak over its."""
 AXES = {"T": "tokens a sequence", "width": "width", "depth": "layers"}
 
 

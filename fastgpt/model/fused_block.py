@@ -4,21 +4,25 @@
     s2 = s1 + y @ Wo.T + bo          h = ln_2(s2) @ Wf.T                  out = gelu(h + bf) @ Wp.T + bp
 
 Saved are s1, q k v, y, s2 and h: 10 C numbers a token, and a few statistics. The parts would also save both norms and
-gelu(h + bf), 6 C more; backward makes these again, which are three passes over memory beside the block's twelve
-matmuls. So of GPT-2 124M's saved activations at 4 x 256 tokens, 600 MB, 380 MB are left.
+gelu(h + bf), 6 C more; backward makes these again, which are three passes over memory beside the block's twelve matrix
+products. Of GPT-2 124M at 4 x 256 tokens in fp32, that leaves 370 of 590 MiB.
 
-Backwards it is the chain rule through the lines above from right to left; the gradients of biases are sums over rows.
+Backwards it is the chain rule through the lines above, from the last to the first; a bias's gradient is a sum over
+rows. What a product was made for is written over where it is not needed any more.
 """
 
 import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops import attention_cpu
+from fastgpt.ops.split_heads import as_heads, join_heads
 
-NAMES = (
+# The parameters of a block, in the order that FusedBlock takes them.
+PARAMETERS = (
     "ln_1.weight",
     "ln_1.bias",
     "attn.c_attn.weight",
@@ -35,79 +39,74 @@ NAMES = (
 _ops = torch.ops.fastgpt
 
 
-def _heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
-    """Views (B, H, T, D) of q, k and v in (B, T, 3 C)."""
-    B, T, C3 = qkv.shape
-    return qkv.view(B, T, 3, n_head, C3 // 3 // n_head).permute(2, 0, 3, 1, 4).unbind()
-
-
-def _weight_grad(dy: Tensor, x: Tensor) -> Tensor:
-    """Of y = x @ W.T: dy^T x, over all rows."""
-    return dy.flatten(0, -2).t() @ x.flatten(0, -2)
+def _linear_grads(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of y = x @ W.T + b: those of W and b."""
+    rows = dy.flatten(0, -2)
+    return rows.t() @ x.flatten(0, -2), rows.sum(0)
 
 
 class FusedBlock(torch.autograd.Function):
-    """(x, residual, n_head, eps, the parameters of NAMES) -> (out, s2): the parts of the residual stream's next sum."""
+    """(x, residual or None, cu_seqlens or None, n_head, eps, *PARAMETERS) -> (out, s2): the next x and residual.
+
+    x and residual: (B, T, C), of the parameters' dtype, on a CPU. Each parameter gets a gradient.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, n_head: int, eps: float, *params: Tensor
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        cu_seqlens: Tensor | None,
+        n_head: int,
+        eps: float,
+        *params: Tensor,
     ) -> tuple[Tensor, Tensor]:
         w1, b1, wa, ba, wo, bo, w2, b2, wf, bf, wp, bp = params
-        B, T, C = x.shape
+        scale = 1 / math.sqrt(x.size(2) // n_head)
         with torch._C._AutoDispatchBelowAutograd():
             if residual is None:
                 s1 = x
                 norm, mean1, rstd1 = _ops.layer_norm.default(x, w1, b1, eps)
             else:
                 s1, norm, mean1, rstd1 = _ops.add_layer_norm.default(x, residual, w1, b1, eps)
-            qkv = torch.nn.functional.linear(norm, wa, ba)  # (B, T, 3 C)
-            q, k, v = _heads(qkv, n_head)
-            y, lse = attention_cpu.forward(q, k, v, True, 1 / math.sqrt(C // n_head), 0.0, None, None)
-            y = y.transpose(1, 2).reshape(B, T, C)
-            projected = torch.nn.functional.linear(y, wo, bo)
-            s2, norm, mean2, rstd2 = _ops.add_layer_norm.default(projected, s1, w2, b2, eps)
-            del projected
+            qkv = F.linear(norm, wa, ba)  # (B, T, 3 C)
+            q, k, v = as_heads(qkv, n_head)  # (B, H, T, D) each
+            y, lse = attention_cpu.forward(q, k, v, True, scale, 0.0, None, cu_seqlens)
+            y = y.transpose(1, 2).reshape(x.shape)
+            s2, norm, mean2, rstd2 = _ops.add_layer_norm.default(F.linear(y, wo, bo), s1, w2, b2, eps)
             h = norm @ wf.t()  # (B, T, 4 C)
-            del norm
-            out = torch.nn.functional.linear(_ops.bias_gelu.default(h, bf), wp, bp)
-        ctx.save_for_backward(s1, mean1, rstd1, qkv, y, lse, s2, mean2, rstd2, h, *params)
-        ctx.options = n_head, eps
-        ctx.set_materialize_grads(False)
+            out = F.linear(_ops.bias_gelu.default(h, bf), wp, bp)
+        ctx.save_for_backward(s1, mean1, rstd1, qkv, y, lse, s2, mean2, rstd2, h, cu_seqlens, *params)
+        ctx.options = n_head, eps, scale
         return out, s2
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, ds2: Tensor | None) -> tuple[Tensor | None, ...]:
-        s1, mean1, rstd1, qkv, y, lse, s2, mean2, rstd2, h, *params = ctx.saved_tensors
+    def backward(ctx: Any, dout: Tensor, ds2: Tensor) -> tuple[Tensor | None, ...]:
+        s1, mean1, rstd1, qkv, y, lse, s2, mean2, rstd2, h, cu_seqlens, *params = ctx.saved_tensors
         w1, b1, wa, _, wo, _, w2, b2, wf, bf, wp, _ = params
-        n_head, eps = ctx.options
-        B, T, C = s1.shape
-        dout = torch.zeros_like(s1) if dout is None else dout.contiguous()
+        n_head, eps, scale = ctx.options
+        B, T, _ = s1.shape
 
         gelu = _ops.bias_gelu.default(h, bf)
-        dwp, dbp = _weight_grad(dout, gelu), dout.sum((0, 1))
+        dwp, dbp = _linear_grads(dout, gelu)
         dgelu = torch.matmul(dout, wp, out=gelu)
         dh, dbf = _ops.bias_gelu_backward.default(dgelu, h, bf)
         del gelu, dgelu
         norm = _ops.layer_norm.default(s2, w2, b2, eps)[0]
-        dwf = _weight_grad(dh, norm)
+        dwf = dh.flatten(0, -2).t() @ norm.flatten(0, -2)
         dnorm = torch.matmul(dh, wf, out=norm)
         del dh
         ds2, dw2, db2 = _ops.add_layer_norm_backward.default(dnorm, ds2, s2, w2, mean2, rstd2)
 
-        dwo, dbo = _weight_grad(ds2, y), ds2.sum((0, 1))
-        dy = torch.matmul(ds2, wo, out=dnorm).view(B, T, n_head, C // n_head).transpose(1, 2)
-        q, k, v = _heads(qkv, n_head)
-        out = y.view(B, T, n_head, C // n_head).transpose(1, 2)
-        dheads = attention_cpu.backward(
-            dy, q, k, v, out, lse, True, 1 / math.sqrt(C // n_head), 0.0, None, None
-        )
-        dqkv = torch.stack([d.transpose(1, 2) for d in dheads], dim=2).view(B, T, 3 * C)
-        del dheads
+        dwo, dbo = _linear_grads(ds2, y)
+        dy, out = (t.view(B, T, n_head, -1).transpose(1, 2) for t in (torch.matmul(ds2, wo, out=dnorm), y))
+        q, k, v = as_heads(qkv, n_head)
+        dheads = attention_cpu.backward(dy, q, k, v, out, lse, True, scale, 0.0, None, cu_seqlens, together=True)
+        dqkv = join_heads(*dheads)
         norm = _ops.layer_norm.default(s1, w1, b1, eps)[0]
-        dwa, dba = _weight_grad(dqkv, norm), dqkv.sum((0, 1))
+        dwa, dba = _linear_grads(dqkv, norm)
         dnorm = torch.matmul(dqkv, wa, out=norm)
         ds1, dw1, db1 = _ops.add_layer_norm_backward.default(dnorm, ds2, s1, w1, mean1, rstd1)
         grads = (dw1, db1, dwa, dba, dwo, dbo, dw2, db2, dwf, dbf, dwp, dbp)
-        return (ds1, ds1 if ctx.needs_input_grad[1] else None, None, None, *grads)
+        return ds1, ds1 if ctx.needs_input_grad[1] else None, None, None, None, *grads

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.ops import registry  # noqa
-import importlib
-lce = importlib.import_module("fastgpt.ops.linear_cross_entropy")
+from fastgpt.ops.linear_cross_entropy import check, through_chunks
 
 _ops = torch.ops.fastgpt
 
@@ -57,10 +55,10 @@ class _Loss(torch.autograd.Function):
         rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         dweight = torch.empty_like(wte)
         dweight[vocab_size:] = 0
-        lce.check(rows, wte[:vocab_size], flat, -100, reduction)
+        check(rows, wte[:vocab_size], flat, -100, reduction)
         count = (flat != -100).sum() if reduction == "mean" else torch.ones((), dtype=torch.int64)
         factor = (1 / count.clamp(min=1)).to(rows.dtype).expand(len(rows)).contiguous()
-        losses, dhidden, _ = lce.through_chunks(
+        losses, dhidden, _ = through_chunks(
             rows, wte[:vocab_size], flat, -100, 0.0, [True, True], factor, dweight[:vocab_size]
         )
         ctx.tie = tie
