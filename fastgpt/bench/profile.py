@@ -10,6 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 # which is why linear_cross_entropy's matmuls are its own.
 OPS = {
     "linear_cross_entropy": "linear_cross_entropy",
+    "_Loss": "linear_cross_entropy",  # fastgpt.model.tied's
+    "_Embedding": "embedding",
     "embedding": "embedding",
     "layer_norm": "layer_norm",
     "bias_gelu": "bias_gelu",
@@ -24,7 +26,6 @@ OPS = {
     "AddmmBackward": "linear",
     "MmBackward": "linear",
 }
-ORDER = [*dict.fromkeys(OPS.values()), "other"]
 
 
 def op_shares(run: Callable[[], object], device: str) -> dict[str, float]:
