@@ -192,7 +192,7 @@ def draw_growth(found: dict[str, list[TrainBench]]) -> bytes:
             values = [_value(axis, r) for r in results]
             panel.set_xticks(values, [f"{v:,}" for v in values])
             panel.minorticks_off()
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
             panel.set_xlabel(AXES[axis], fontsize=9)
             panel.set_ylabel(title, fontsize=9)
             panel.tick_params(labelsize=8)
