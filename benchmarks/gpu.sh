@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a CUDA GPU can say of the kernels: `make gpu`, or  [OUT=folder] benchmarks/gpu.sh PYTHON
 # Needs nvcc, a torch built for CUDA, and a GPU. Writes into $OUT: checks.json, a log of each check, and what
-# `fastgpt bench kernels` and benchmarks/lora.py (where PEFT is there to compare with) write. Every check runs, whatever the ones before it found; exits with 1 if one failed.
+# `fastgpt bench kernels`, `fastgpt bench train` and benchmarks/lora.py (where PEFT is there to compare with) write. Every check runs, whatever the ones before it found; exits with 1 if one failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3}
@@ -47,6 +47,8 @@ else
     check memcheck sh -c 'echo "compute-sanitizer is not here: it comes with the CUDA toolkit"; exit 1'
 fi
 check benchmarks "$python" -m fastgpt bench kernels --device cuda --out "$out"
+check train "$python" -m fastgpt bench train --device cuda --precision bf16 --batch-size 16 --block-size 1024 \
+    --vs nanogpt nanogpt-compile torch-compile --out "$out"
 if "$python" -c "import peft, transformers" 2>/dev/null; then
     check lora "$python" benchmarks/lora.py --device cuda --precision bf16 --batch-size 8 --block-size 1024 --out "$out"
 fi

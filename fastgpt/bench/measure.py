@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fastgpt.bench.environment import Neighbours, cores, environment, machine_name
 from fastgpt.bench.kernels import KERNELS, Case, Contender, Where, Work
-from fastgpt.bench.timing import Call, Timed, interleave, keep_freed_memory, peak_bytes
+from fastgpt.bench.timing import Call, Timed, interleave, peak_bytes
 from fastgpt.ops import registry
+from fastgpt.train.memory import keep_freed_memory
 
 OURS = "fastgpt"
 SECONDS, SECONDS_TARGET, SECONDS_QUICK = 0.2, 0.5, 0.01  # of timing for each contender

@@ -75,7 +75,7 @@ def environment_line(result: Result) -> str:
 def print_result(result: Result, console: Console) -> None:
     """All shapes and passes of an op, and the fine print."""
     others = list(dict.fromkeys(row.contender for row in result.rows if row.contender != OURS))
-    table = _table("shape", "pass", right=["time", "spread", *map(_heading, others), "rate", "roof", "MiB"])
+    table = simple_table("shape", "pass", right=["time", "spread", *map(_heading, others), "rate", "roof", "MiB"])
     shape = ""
     for group in groups(result.rows):
         ours, library = ours_of(group), best_library(group)
@@ -100,7 +100,7 @@ def print_result(result: Result, console: Console) -> None:
 
 def print_summary(results: list[Result], console: Console) -> None:
     """One line for each shape that has a target."""
-    table = _table("op, shape", "pass", right=["time", "roof", "memory"])
+    table = simple_table("op, shape", "pass", right=["time", "roof", "memory"])
     table.add_column("times as fast as")
     for result in results:
         table.add_row(result.op)
@@ -133,7 +133,7 @@ def _heading(name: str) -> str:
     return "\n".join(line.strip() for line in lines if line)
 
 
-def _table(*left: str, right: list[str]) -> Table:
+def simple_table(*left: str, right: list[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name in left:
         table.add_column(name, no_wrap=name != "shape", min_width=11 if name == "shape" else None)

@@ -185,31 +185,19 @@ def peak_bytes(call: Call, device: str) -> int | None:
         return peak
     if not sys.platform.startswith("linux"):
         return None
-    found = []
+    found: list[int] = []
     for _ in range(2):  # the lesser: what other threads allocate can only add
         state = call.prepare()
         gc.collect()
         _trim()
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-            before = _resident("VmRSS")
-            result = call.run(state)
-            found.append(max(0, _resident("VmHWM") - before))
-        except OSError:
+        could, rss = reset_peak(), resident("VmRSS")
+        result = call.run(state)
+        high = resident("VmHWM")
+        if not could or rss is None or high is None:
             return None
+        found.append(max(0, high - rss))
         del state, result
     return min(found)
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed, where it would give every large tensor back to the system and ask for it again.
-
-    Else the system's first touch of each page is what is timed: 20 of 25 ms of a bias_gelu that writes 50 MB.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end stays
 
 
 def _trim() -> None:
@@ -219,8 +207,19 @@ def _trim() -> None:
         trim(0)
 
 
-def _resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
+def reset_peak() -> bool:
+    """Starts the system's high-water mark of this process's memory again; whether that was possible (on Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def resident(field: str) -> int | None:
+    """Bytes: "VmRSS", what is resident now, or "VmHWM", its high-water mark. None where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)

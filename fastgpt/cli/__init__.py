@@ -34,6 +34,7 @@ COMMANDS = {
     "classify": ("classify:classify", "each class's probability for a text"),
     "merge": ("merge:merge", "merge a LoRA adapter into its base and write a whole model folder"),
     "bench kernels": ("bench:kernels", "measure the ops against what torch ships"),
+    "bench train": ("bench:train", "train a GPT beside others: tokens/s, memory, and where the time goes"),
     "bench table": ("bench:table", "write the README's table of kernels from results"),
     "info": ("info:info", "versions, devices, and which implementation each op takes and why"),
 }

@@ -20,7 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
 from fastgpt.model.config import GPTConfig
+from fastgpt.model.fused_block import PARAMETERS, FusedBlock
 from fastgpt.model.kv_cache import KVCache
+from fastgpt.model.tied import TiedGradient
+from fastgpt.ops import registry
 from fastgpt.ops.attention_spans import check_boundaries
 
 
@@ -97,9 +100,38 @@ class Block(nn.Module):
         self, x: Tensor, residual: Tensor | None, cache: KVCache | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Takes and gives the residual stream as two parts whose sum is not made yet: the next norm makes it."""
+        if cache is None and self._fuses(x):
+            params = [self.get_parameter(name) for name in PARAMETERS]
+            return FusedBlock.apply(x, residual, cu_seqlens, self.attn.n_head, self.ln_1.eps, *params)
         residual, norm = (x, self.ln_1(x)) if residual is None else self.ln_1.add(x, residual)
         residual, norm = self.ln_2.add(self.attn(norm, cache, cu_seqlens), residual)
         return self.mlp(norm), residual
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether `FusedBlock` computes this block: plain parts, all of which learn, without dropout."""
+        parts = list(self.modules())
+        return (
+            not torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
+            and x.is_cpu
+            and x.numel() > 0
+            and registry.takes_kernel("bias_gelu", x)
+            and not torch.is_autocast_enabled("cpu")
+            and not registry.is_transformed()
+            and not (self.training and self.attn.attn_pdrop)
+            and all(is_plain(m) and not (type(m) is nn.Dropout and m.training and m.p) for m in parts[1:])
+            and all(type(p) is nn.Parameter and p.requires_grad and p.dtype == x.dtype for p in self.parameters())
+        )
+
+
+_PLAIN = (LayerNorm, Linear, Attention, MLP, nn.Dropout, nn.Embedding)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether it is what this file makes it, not an adapter in its place, and nobody listens to its calls."""
+    return type(module) in _PLAIN and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 class Transformer(nn.Module):
@@ -120,11 +152,22 @@ class Transformer(nn.Module):
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.vocab_size = config.vocab_size
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, C) of ids (B, T), after the last norm; arguments and errors as for `GPT.hidden`."""
+    def forward(
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        tie: TiedGradient | None = None,
+    ) -> Tensor:
+        """Hidden states (B, T, C) of ids (B, T), after the last norm; arguments and errors as for `GPT.hidden`.
+
+        With `tie` the gradient of wte is made together with a loss's.
+        """
         start = cache.length if cache is not None else 0
         self._check(ids, start, cu_seqlens)
-        if cu_seqlens is None:
+        if tie is not None:
+            x = tie.embedding(ids, self.wte.weight, self.wpe.weight)
+        elif cu_seqlens is None:
             x = ops.embedding(ids, self.wte.weight, self.wpe.weight, start)
         else:
             x = self.wte(ids) + self.wpe(_positions(ids, cu_seqlens))
@@ -254,9 +297,31 @@ class GPT(nn.Module):
         """
         if targets.shape != ids.shape:
             raise ValueError(f"targets must have the shape of ids {tuple(ids.shape)}, got {tuple(targets.shape)}")
+        if cu_seqlens is None and self._ties(ids, reduction):
+            tie = TiedGradient()
+            wte = self.transformer.wte.weight
+            return tie.loss(self.transformer(ids, tie=tie), wte, self.config.vocab_size, targets, reduction)
         hidden = self.hidden(ids, cu_seqlens)  # (B, T, C)
         weight = self.classifier[: self.config.vocab_size]  # a view: the padding is not seen
         return ops.linear_cross_entropy(hidden, weight, targets, ignore_index=-100, reduction=reduction)
+
+    def _ties(self, ids: Tensor, reduction: str) -> bool:
+        """Whether `TiedGradient` makes the gradient of the embedding and the classifier."""
+        tables = [self.transformer.wte, self.transformer.wpe]
+        wte = self.transformer.wte.weight
+        return (
+            not torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
+            and self.config.tie_word_embeddings
+            and reduction in ("mean", "sum")
+            and ids.is_cpu
+            and ids.numel() > 0
+            and all(registry.takes_kernel(op, wte) for op in ("embedding", "linear_cross_entropy"))
+            and not torch.is_autocast_enabled("cpu")
+            and not registry.is_transformed()
+            and all(is_plain(m) and type(m.weight) is nn.Parameter and m.weight.requires_grad for m in tables)
+            and wte.dtype in (torch.float32, torch.float64)  # of 16 bits, the classifier's is summed in fp32
+        )
 
     def set_dropout(self, p: float) -> None:
         """Sets every dropout of the model to `p`, as for fine-tuning a model that was trained with another."""

@@ -27,6 +27,11 @@ torch.library.define(
     "fastgpt::embedding_backward",
     "(Tensor dy, Tensor ids, SymInt vocab, SymInt positions, SymInt offset) -> (Tensor, Tensor)",
 )
+# The same where there is a gradient of wte already, which it is added to; returns wpe's. On CPUs alone.
+torch.library.define(
+    "fastgpt::embedding_backward_add_",
+    "(Tensor dy, Tensor ids, Tensor(a!) dwte, SymInt positions, SymInt offset) -> Tensor",
+)
 
 
 def embedding_reference(ids: Tensor, wte: Tensor, wpe: Tensor, offset: int = 0) -> Tensor:
@@ -105,6 +110,11 @@ def _check_range(ids: Tensor, vocab: int) -> None:
 @torch.library.register_fake("fastgpt::embedding")
 def _fake(ids: Tensor, wte: Tensor, wpe: Tensor, offset: int) -> Tensor:
     return wte.new_empty((*ids.shape, wte.shape[1]))
+
+
+@torch.library.register_fake("fastgpt::embedding_backward_add_")
+def _fake_backward_add(dy: Tensor, ids: Tensor, dwte: Tensor, positions: int, offset: int) -> Tensor:
+    return dy.new_empty((positions, dy.shape[-1]))
 
 
 @torch.library.register_fake("fastgpt::embedding_backward")

@@ -130,7 +130,7 @@ def linear_cross_entropy(
             raise TypeError(f"linear_cross_entropy: {name} must be a tensor, got {type(t).__name__}")
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    _check(hidden, weight, targets, ignore_index, reduction)
+    check(hidden, weight, targets, ignore_index, reduction)
     if not registry.takes_kernel("linear_cross_entropy", hidden):
         return linear_cross_entropy_reference(
             hidden, weight, targets, ignore_index=ignore_index, reduction=reduction, z_loss=z_loss
@@ -141,7 +141,7 @@ def linear_cross_entropy(
     return loss.view(targets.shape) if reduction == "none" else loss
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> None:
+def check(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: str) -> None:
     if hidden.dtype not in DTYPES:
         raise TypeError(
             f"linear_cross_entropy: hidden must be float32, float64, bfloat16 or float16, got {hidden.dtype}"
@@ -190,7 +190,7 @@ def _sums_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _through_chunks(
+def through_chunks(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -198,8 +198,12 @@ def _through_chunks(
     z_loss: float,
     needs: list[bool],
     factor: Tensor | None = None,
+    dweight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows' losses (N,), and the gradients of the sum of factor * loss: dhidden, and dweight as its sums' dtype."""
+    """The rows' losses (N,), and the gradients of the sum of factor * loss: dhidden, and dweight as its sums' dtype.
+
+    dweight is written where it is given.
+    """
     (N, C), V = hidden.shape, weight.shape[0]
     sums = _sums_dtype(hidden.dtype)
     weight = weight.to(hidden.dtype)
@@ -208,7 +212,8 @@ def _through_chunks(
     targets = targets.contiguous()
     loss = hidden.new_empty(N, dtype=sums)
     dhidden = hidden.new_empty((N, C) if needs[0] else 0)
-    dweight = hidden.new_empty((V, C) if needs[1] else 0, dtype=sums)
+    if dweight is None:
+        dweight = hidden.new_empty((V, C) if needs[1] else 0, dtype=sums)
     if N == 0:
         return loss, dhidden, dweight.zero_()
     # Chunks of equal size, in multiples of 64 rows. The buffer's rows begin on a cache line, whatever the vocabulary.
@@ -273,7 +278,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if reduction == "none":
         needs = [False, False]
-    loss, dhidden, dweight = _through_chunks(hidden, weight, targets, ignore_index, z_loss, needs)
+    loss, dhidden, dweight = through_chunks(hidden, weight, targets, ignore_index, z_loss, needs)
     if reduction == "none":
         return loss, loss.new_ones(()), dhidden, dweight
     if reduction == "sum":
@@ -298,7 +303,7 @@ def _backward_kernel(
     if all(made.numel() or not need for made, need in zip((dhidden, dweight), needs, strict=True)):
         return _times(dhidden, factor, hidden.dtype), _times(dweight, factor, weight.dtype)
     factor = factor.expand(len(hidden)).contiguous()
-    _, dhidden, dweight = _through_chunks(hidden, weight, targets, ignore_index, z_loss, needs, factor)
+    _, dhidden, dweight = through_chunks(hidden, weight, targets, ignore_index, z_loss, needs, factor)
     return dhidden, dweight.to(weight.dtype)
 
 

@@ -17,26 +17,31 @@ from fastgpt.ops import registry
 class _SplitHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
-        return _split(qkv, n_head)
+        return as_heads(qkv, n_head)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        dq, dk, dv = grads
-        B, H, T, D = dq.shape
-        C = H * D
-        start = dq.storage_offset()
-        together = not torch.is_grad_enabled() and all(
-            g.stride() == (3 * T * C, D, 3 * C, 1)
-            and g.untyped_storage().data_ptr() == dq.untyped_storage().data_ptr()
-            and g.storage_offset() == start + i * C
-            for i, g in enumerate(grads)
-        )
-        if together:
-            return dq.as_strided((B, T, 3 * C), (3 * T * C, 3 * C, 1), start), None
-        return torch.stack((dq, dk, dv)).permute(1, 3, 0, 2, 4).reshape(B, T, 3 * C), None
+        return join_heads(*grads), None
 
 
-def _split(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
+def join_heads(dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
+    """dqkv, (B, T, 3 * C): without a copy where the three, (B, H, T, D) each, lie as `split_heads` gives them."""
+    B, H, T, D = dq.shape
+    C = H * D
+    start = dq.storage_offset()
+    together = not torch.is_grad_enabled() and all(
+        g.stride() == (3 * T * C, D, 3 * C, 1)
+        and g.untyped_storage().data_ptr() == dq.untyped_storage().data_ptr()
+        and g.storage_offset() == start + i * C
+        for i, g in enumerate((dq, dk, dv))
+    )
+    if together:
+        return dq.as_strided((B, T, 3 * C), (3 * T * C, 3 * C, 1), start)
+    return torch.stack((dq, dk, dv)).permute(1, 3, 0, 2, 4).reshape(B, T, 3 * C)
+
+
+def as_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
+    """Views (B, H, T, D) of q, k and v."""
     B, T, C3 = qkv.shape
     return qkv.view(B, T, 3, n_head, C3 // 3 // n_head).permute(2, 0, 3, 1, 4).unbind()
 
@@ -57,5 +62,5 @@ def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
     if qkv.dim() != 3 or n_head < 1 or qkv.size(2) % (3 * n_head):
         raise ValueError(f"split_heads: qkv must have shape (B, T, 3 * {n_head} * D), got {tuple(qkv.shape)}")
     if torch.compiler.is_compiling() or registry.is_transformed():
-        return _split(qkv, n_head)
+        return as_heads(qkv, n_head)
     return _SplitHeads.apply(qkv, n_head)

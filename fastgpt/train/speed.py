@@ -50,15 +50,25 @@ def faster_precision(device: torch.device, rows: int, width: int) -> str:
     return "bf16" if fp32 > 1.1 * bf16 else "fp32"
 
 
-@torch.no_grad()
-def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """The rate that MFU is a share of, FLOP/s, and where it comes from: the data sheet, or a matmul measured now."""
+def data_sheet_flops(device: torch.device, precision: str) -> tuple[float, str] | None:
+    """What the maker says of dense matmuls, FLOP/s, and the name that it stands under; None for what is not listed."""
     if device.type == "cuda" and precision != "fp32":
         name = torch.cuda.get_device_name(device)
         for part, rate in DATA_SHEET.items():
             if part in name:
                 return rate, f"{part} data sheet"
+    return None
+
+
+@torch.no_grad()
+def matmul_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """The rate of a large square matmul measured now, FLOP/s, and what it was."""
     n = 4096 if device.type == "cuda" else 1024
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     a, b = _random(device, n, n).to(dtype), _random(device, n, n).to(dtype)
     return 2 * n**3 / _seconds(device, a, b, dtype, 0.2), f"measured {n}x{n} {str(dtype)[6:]} matmul"
+
+
+def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """The rate that MFU is a share of, FLOP/s, and where it comes from: the data sheet, or a matmul measured now."""
+    return data_sheet_flops(device, precision) or matmul_flops(device, precision)

@@ -169,3 +169,17 @@ class TestEmbedding(OpContract):
         assert torch.equal(y[0, ::3], torch.full((2, 3), 2.0, device="cuda"))
         y.backward(torch.ones_like(y))
         assert wte.grad.sum(1).tolist() == [3, 0, 3, 0, 0]
+
+
+@pytest.mark.skipif(not ops.registry.takes_kernel("embedding", torch.zeros(1)), reason="the extension is not built")
+def test_backward_adds_to_a_gradient_that_is_there():
+    op, torch_op = torch.ops.fastgpt.embedding_backward_add_.default, torch.ops.fastgpt.embedding_backward.default
+    ids, dy, there = torch.randint(9, (3, 5)), torch.randn(3, 5, 8), torch.randn(9, 8)
+    added = there.clone()
+    dwpe = op(dy, ids, added, 7, 1)
+    want_wte, want_wpe = torch_op(dy, ids, 9, 7, 1)
+    torch.testing.assert_close(added, there + want_wte)
+    assert torch.equal(dwpe, want_wpe)
+    unseen = [v for v in range(9) if not (ids == v).any()]
+    assert torch.equal(added[unseen], there[unseen])
+    torch.library.opcheck(op, (dy, ids, there.clone(), 7, 1))
