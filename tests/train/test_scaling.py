@@ -1,0 +1,238 @@
+"""The formulas behind docs/scaling.md, against small models that really run: one process, and two that talk by gloo."""
+
+import json
+import os
+import socket
+import struct
+import sys
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from fastgpt import GPT, GPTConfig
+from fastgpt.errors import UserError
+from fastgpt.model.gpt import Transformer
+from fastgpt.ops import registry
+from fastgpt.train import build_optimizer, scaling
+from fastgpt.train.scaling import Setup
+
+PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
+PRECISIONS = ["fp32", "bf16", "bf16-weights"]
+
+needs_kernels = pytest.mark.skipif(
+    registry.implementation("add_layer_norm", "cpu").name == "reference", reason="the references keep more than the kernels"
+)
+
+
+needs_recompute = pytest.mark.skipif(not hasattr(Transformer, "recompute"), reason="the model has no such mode")
+
+
+def small(precision="fp32", batch_size=3, block_size=64, **sizes):
+    config = GPTConfig.preset("micro", **{"vocab_size": 300, **sizes})
+    return Setup(config, batch_size, block_size, precision=precision, device="cpu")
+
+
+def model_and_loss(setup):
+    """A model, and a function that gives its loss."""
+    torch.manual_seed(0)
+    model = GPT(setup.config)
+    model.transformer.recompute = setup.recompute
+    if setup.precision == "bf16-weights":
+        model = model.bfloat16()
+    ids, targets = torch.randint(setup.config.vocab_size, (2, setup.batch_size, setup.block_size)).unbind()
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16, enabled=setup.autocast):
+            return model.loss(ids, targets)
+
+    return model, loss
+
+
+def test_the_pages_tables_are_what_the_formulas_give_now(tmp_path):
+    copy = tmp_path / "page.md"
+    copy.write_text(PAGE.read_text())
+    scaling.update(copy)
+    assert copy.read_text() == PAGE.read_text(), f"run: python -m fastgpt.train.scaling {PAGE}"
+
+
+def test_a_page_without_marks_is_left_alone(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("text")
+    for path in (page, tmp_path / "none.md"):
+        with pytest.raises(UserError, match="scaling:begin"):
+            scaling.update(path)
+    assert page.read_text() == "text"
+
+
+@pytest.mark.parametrize("sizes", [{}, {"n_layer": 3, "n_embd": 96, "tie_word_embeddings": False}])
+def test_weights_gradients_and_moments_are_those_of_a_step(sizes):
+    setup = small(**sizes)
+    model, loss = model_and_loss(setup)
+    optimizer = build_optimizer(model)
+    loss().backward()
+    optimizer.step()
+    memory = scaling.memory(setup)
+    assert memory.weights == sum(p.nbytes for p in model.parameters())
+    assert memory.gradients == sum(p.grad.nbytes for p in model.parameters())
+    # beside its count of steps, 4 bytes for each tensor
+    assert memory.optimizer == sum(t.nbytes for s in optimizer.state.values() for k, t in s.items() if k != "step")
+
+
+def kept_for_backward(model, loss):
+    """Bytes of all that autograd keeps: storages, each once, without the parameters'."""
+    storages = {}
+
+    def pack(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        held = loss()
+    for p in model.parameters():
+        storages.pop(p.untyped_storage().data_ptr(), None)
+    assert held.grad_fn is not None
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@needs_kernels
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"batch_size": 1, "block_size": 48, "n_layer": 3},
+        {"batch_size": 2, "n_embd": 96, "n_head": 3, "vocab_size": 1000, "tie_word_embeddings": False},
+    ],
+)
+def test_activations_are_what_autograd_keeps(sizes, precision):
+    setup = small(precision, **sizes)
+    assert kept_for_backward(*model_and_loss(setup)) == pytest.approx(scaling.activations(setup), rel=0.005)
+
+
+@needs_kernels
+@needs_recompute
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_with_recompute_too(precision):
+    setup = replace(small(precision, n_layer=3), recompute=True)
+    assert kept_for_backward(*model_and_loss(setup)) == pytest.approx(scaling.activations(setup), rel=0.005)
+
+
+def most_allocated(run):
+    """Bytes that `run` had more at most than there were before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+@needs_kernels
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=needs_recompute)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"vocab_size": 4000, "batch_size": 16},  # most when the logits are made
+        {"vocab_size": 100, "batch_size": 8, "n_layer": 4, "n_embd": 128},  # most in the last block
+    ],
+    ids=["logits", "block"],
+)
+def test_peak_beside_gradients_that_are_there(sizes, recompute):
+    """In fp32: in bf16 a CPU's matmuls and its flash kernel allocate buffers of their own, which a GPU's do not."""
+    setup = replace(small(**sizes), recompute=recompute)
+    _, loss = model_and_loss(setup)
+    loss().backward()
+    memory = scaling.memory(setup)
+    measured = most_allocated(lambda: loss().backward())
+    assert measured == pytest.approx(memory.peak - memory.states, rel=0.02)
+
+
+def sent():
+    """Bytes that this process's TCP sockets have sent until now, as the kernel counts them."""
+    total = 0
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            with socket.socket(fileno=os.dup(int(fd))) as connection:
+                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
+        except OSError:  # no socket, or not a TCP one
+            continue
+        total += struct.unpack_from("Q", info, 200)[0]  # tcpi_bytes_sent
+    return total
+
+
+class Loss(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, targets):
+        return self.model.loss(ids, targets)
+
+
+def measure(kind, precision):
+    """A step's bytes on this rank: sent in forward, sent in all, given to reduce-scatters, and of sharded weights."""
+    setup = small(precision, batch_size=1)
+    model, _ = model_and_loss(setup)
+    ids, targets = torch.randint(300, (2, 1, 64)).unbind()
+    if kind == "ddp":
+        loss = nn.parallel.DistributedDataParallel(Loss(model), gradient_as_bucket_view=True)
+    else:
+        bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy = bf16 if precision == "bf16" else MixedPrecisionPolicy()
+        mesh = init_device_mesh("cpu", (2,))
+        for module in (*model.transformer.h, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        register_fsdp_forward_method(model, "loss")
+        loss = model.loss
+    loss(ids, targets).backward()  # the first one sets up connections
+    scattered, scatter = [], dist.reduce_scatter_tensor
+
+    def count(output, input, *args, **options):
+        scattered.append(input.nbytes)
+        return scatter(output, input, *args, **options)
+
+    dist.reduce_scatter_tensor = count
+    dist.barrier()
+    start = sent()
+    value = loss(ids, targets)
+    dist.barrier()
+    middle = sent()
+    value.backward()
+    dist.barrier()
+    dist.reduce_scatter_tensor = scatter
+    kept = [p.to_local().nbytes + p.grad.to_local().nbytes for p in model.parameters()] if kind == "fsdp" else []
+    return middle - start, sent() - start, sum(scattered), sum(kept)
+
+
+def rank_of_two(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    found = [(kind, precision, *measure(kind, precision)) for kind, precision in WAYS]
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+WAYS = [("ddp", "fp32"), ("ddp", "bf16-weights"), ("fsdp", "fp32"), ("fsdp", "bf16")]
+# Headers, barriers and the small messages that start a collective.
+OVERHEAD = 8192
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's counts")
+def test_two_processes_send_what_the_formulas_say(tmp_path):
+    torch.multiprocessing.spawn(rank_of_two, (str(tmp_path),), 2)
+    for rank in range(2):
+        for kind, precision, forward, total, scattered, kept in json.loads((tmp_path / f"{rank}.json").read_text()):
+            setup = replace(small(precision, batch_size=1), parallel=kind, ranks=2)
+            computed = scaling.communication(setup)
+            assert scattered == 2 * computed.reduce_scatter  # half of it is this rank's own
+            # gloo makes a reduce-scatter of an all-reduce, so that it goes over the wire twice
+            wire = computed.all_reduce + computed.all_gather + 2 * computed.reduce_scatter
+            assert wire <= total <= wire + OVERHEAD
+            if kind == "fsdp":
+                whole = scaling.gather_bytes(setup)
+                assert kept == scaling.memory(setup).weights + scaling.memory(setup).gradients
