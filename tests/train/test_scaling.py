@@ -27,10 +27,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 PRECISIONS = ["fp32", "bf16", "bf16-weights"]
 
 needs_kernels = pytest.mark.skipif(
-    registry.implementation("add_layer_norm", "cpu").name == "reference", reason="the references keep more than the kernels"
+    registry.implementation("add_layer_norm", "cpu").name == "reference", reason="the references keep more than kernels"
 )
-
-
 needs_recompute = pytest.mark.skipif(not hasattr(Transformer, "recompute"), reason="the model has no such mode")
 
 
@@ -83,6 +81,24 @@ def test_weights_gradients_and_moments_are_those_of_a_step(sizes):
     assert memory.gradients == sum(p.grad.nbytes for p in model.parameters())
     # beside its count of steps, 4 bytes for each tensor
     assert memory.optimizer == sum(t.nbytes for s in optimizer.state.values() for k, t in s.items() if k != "step")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_all_is_exposed_of_a_tiny_batch_and_only_what_is_around_the_blocks_of_a_large_one(parallel):
+    setup = Setup(GPTConfig.preset("gpt2-medium"), 1, 1, parallel=parallel, ranks=8)
+    tiny, large = scaling.times(setup), scaling.times(replace(setup, batch_size=64, block_size=1024))
+    assert tiny.communication == large.communication == pytest.approx(scaling.communication(setup).total / 450e9)
+    assert tiny.communication - tiny.compute <= tiny.exposed <= tiny.communication
+    # 52.56 M weights in the embeddings and the last norm: 8 bytes of each by ddp, 2 and 4 by fsdp, 7/8 of them
+    assert large.exposed == pytest.approx(52.56e6 * (8 if parallel == "ddp" else 6) * 7 / 8 / 450e9, rel=1e-3)
+    assert scaling.times(replace(setup, ranks=64)).communication > tiny.communication
+
+
+def test_what_cannot_be_is_refused():
+    config = GPTConfig.preset("micro")
+    for options in ({"ranks": 8}, {"parallel": "ddp"}, {"parallel": "fsdp", "ranks": 8, "precision": "bf16-weights"}):
+        with pytest.raises(ValueError):
+            Setup(config, 1, **options)
 
 
 def kept_for_backward(model, loss):
@@ -157,11 +173,13 @@ def sent():
     total = 0
     for fd in os.listdir("/proc/self/fd"):
         try:
-            with socket.socket(fileno=os.dup(int(fd))) as connection:
-                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
-        except OSError:  # no socket, or not a TCP one
+            connection = socket.socket(fileno=int(fd))
+        except OSError:  # no socket
             continue
-        total += struct.unpack_from("Q", info, 200)[0]  # tcpi_bytes_sent
+        if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
+            total += struct.unpack_from("Q", info, 200)[0]  # tcpi_bytes_sent
+        connection.detach()
     return total
 
 
@@ -175,7 +193,7 @@ class Loss(nn.Module):
 
 
 def measure(kind, precision):
-    """A step's bytes on this rank: sent in forward, sent in all, given to reduce-scatters, and of sharded weights."""
+    """Of a step on this rank: bytes sent in forward and in all, numbers given to reduce-scatters, bytes of shards."""
     setup = small(precision, batch_size=1)
     model, _ = model_and_loss(setup)
     ids, targets = torch.randint(300, (2, 1, 64)).unbind()
@@ -190,23 +208,17 @@ def measure(kind, precision):
         register_fsdp_forward_method(model, "loss")
         loss = model.loss
     loss(ids, targets).backward()  # the first one sets up connections
-    scattered, scatter = [], dist.reduce_scatter_tensor
-
-    def count(output, input, *args, **options):
-        scattered.append(input.nbytes)
-        return scatter(output, input, *args, **options)
-
-    dist.reduce_scatter_tensor = count
     dist.barrier()
     start = sent()
-    value = loss(ids, targets)
-    dist.barrier()
-    middle = sent()
-    value.backward()
-    dist.barrier()
-    dist.reduce_scatter_tensor = scatter
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
+        value = loss(ids, targets)
+        dist.barrier()
+        middle = sent()
+        value.backward()
+        dist.barrier()
+    scattered = sum(e.input_shapes[1][0] for e in profiler.events() if e.name == "c10d::_reduce_scatter_base_")
     kept = [p.to_local().nbytes + p.grad.to_local().nbytes for p in model.parameters()] if kind == "fsdp" else []
-    return middle - start, sent() - start, sum(scattered), sum(kept)
+    return middle - start, sent() - start, scattered, sum(kept)
 
 
 def rank_of_two(rank, folder):
@@ -229,10 +241,11 @@ def test_two_processes_send_what_the_formulas_say(tmp_path):
         for kind, precision, forward, total, scattered, kept in json.loads((tmp_path / f"{rank}.json").read_text()):
             setup = replace(small(precision, batch_size=1), parallel=kind, ranks=2)
             computed = scaling.communication(setup)
-            assert scattered == 2 * computed.reduce_scatter  # half of it is this rank's own
             # gloo makes a reduce-scatter of an all-reduce, so that it goes over the wire twice
             wire = computed.all_reduce + computed.all_gather + 2 * computed.reduce_scatter
             assert wire <= total <= wire + OVERHEAD
             if kind == "fsdp":
-                whole = scaling.gather_bytes(setup)
+                assert 4 * scattered / 2 == computed.reduce_scatter  # half of them are this rank's own
+                gathered = setup.matmul_bytes * scaling.parameters(setup.config) / 2
+                assert gathered <= forward <= gathered + OVERHEAD
                 assert kept == scaling.memory(setup).weights + scaling.memory(setup).gradients
