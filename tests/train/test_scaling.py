@@ -101,7 +101,7 @@ def test_what_cannot_be_is_refused():
             Setup(config, 1, **options)
 
 
-def kept_for_backward(model, loss):
+def kept_for_backward(loss, parameters):
     """Bytes of all that autograd keeps: storages, each once, without the parameters'."""
     storages = {}
 
@@ -111,7 +111,7 @@ def kept_for_backward(model, loss):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         held = loss()
-    for p in model.parameters():
+    for p in parameters:
         storages.pop(p.untyped_storage().data_ptr(), None)
     assert held.grad_fn is not None
     return sum(storage.nbytes() for storage in storages.values())
@@ -129,7 +129,8 @@ def kept_for_backward(model, loss):
 )
 def test_activations_are_what_autograd_keeps(sizes, precision):
     setup = small(precision, **sizes)
-    assert kept_for_backward(*model_and_loss(setup)) == pytest.approx(scaling.activations(setup), rel=0.005)
+    model, loss = model_and_loss(setup)
+    assert kept_for_backward(loss, model.parameters()) == pytest.approx(scaling.activations(setup), rel=0.005)
 
 
 @needs_kernels
@@ -137,7 +138,8 @@ def test_activations_are_what_autograd_keeps(sizes, precision):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_with_recompute_too(precision):
     setup = replace(small(precision, n_layer=3), recompute=True)
-    assert kept_for_backward(*model_and_loss(setup)) == pytest.approx(scaling.activations(setup), rel=0.005)
+    model, loss = model_and_loss(setup)
+    assert kept_for_backward(loss, model.parameters()) == pytest.approx(scaling.activations(setup), rel=0.005)
 
 
 def most_allocated(run):
@@ -178,7 +180,8 @@ def sent():
             continue
         if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM:
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
-            total += struct.unpack_from("Q", info, 200)[0]  # tcpi_bytes_sent
+            bytes_sent, bytes_retrans = struct.unpack_from("QQ", info, 200)
+            total += bytes_sent - bytes_retrans
         connection.detach()
     return total
 
@@ -193,7 +196,8 @@ class Loss(nn.Module):
 
 
 def measure(kind, precision):
-    """Of a step on this rank: bytes sent in forward and in all, numbers given to reduce-scatters, bytes of shards."""
+    """Of a step on this rank: bytes sent in forward and in all, and for fsdp numbers given to reduce-scatters, bytes of
+    shards, and of what autograd keeps (with the weights that stay gathered)."""
     setup = small(precision, batch_size=1)
     model, _ = model_and_loss(setup)
     ids, targets = torch.randint(300, (2, 1, 64)).unbind()
@@ -217,8 +221,11 @@ def measure(kind, precision):
         value.backward()
         dist.barrier()
     scattered = sum(e.input_shapes[1][0] for e in profiler.events() if e.name == "c10d::_reduce_scatter_base_")
-    kept = [p.to_local().nbytes + p.grad.to_local().nbytes for p in model.parameters()] if kind == "fsdp" else []
-    return middle - start, sent() - start, scattered, sum(kept)
+    total = sent() - start
+    if kind == "ddp":
+        return middle - start, total, 0, 0, 0
+    shards = sum(p.to_local().nbytes + p.grad.to_local().nbytes for p in model.parameters())
+    return middle - start, total, scattered, shards, kept_for_backward(lambda: loss(ids, targets), [])
 
 
 def rank_of_two(rank, folder):
@@ -234,11 +241,14 @@ WAYS = [("ddp", "fp32"), ("ddp", "bf16-weights"), ("fsdp", "fp32"), ("fsdp", "bf
 OVERHEAD = 8192
 
 
+@needs_kernels
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's counts")
-def test_two_processes_send_what_the_formulas_say(tmp_path):
+def test_two_processes_send_and_keep_what_the_formulas_say(tmp_path):
     torch.multiprocessing.spawn(rank_of_two, (str(tmp_path),), 2)
     for rank in range(2):
-        for kind, precision, forward, total, scattered, kept in json.loads((tmp_path / f"{rank}.json").read_text()):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert len(found) == len(WAYS)
+        for kind, precision, forward, total, scattered, shards, kept in found:
             setup = replace(small(precision, batch_size=1), parallel=kind, ranks=2)
             computed = scaling.communication(setup)
             # gloo makes a reduce-scatter of an all-reduce, so that it goes over the wire twice
@@ -248,4 +258,7 @@ def test_two_processes_send_what_the_formulas_say(tmp_path):
                 assert 4 * scattered / 2 == computed.reduce_scatter  # half of them are this rank's own
                 gathered = setup.matmul_bytes * scaling.parameters(setup.config) / 2
                 assert gathered <= forward <= gathered + OVERHEAD
-                assert kept == scaling.memory(setup).weights + scaling.memory(setup).gradients
+                memory = scaling.memory(setup)
+                assert shards == memory.weights + memory.gradients
+                around = setup.matmul_bytes * scaling.rest_parameters(setup.config)
+                assert 0.995 * memory.activations <= kept <= memory.activations + around
