@@ -25,6 +25,7 @@ from fastgpt.files import atomic_dir, atomic_write, explained
 from fastgpt.model.gpt import Transformer
 from fastgpt.train import checkpoint, parallel
 from fastgpt.train.config import RunConfig, check_same_run, check_step_size
+from fastgpt.train.memory import keep_freed_memory
 from fastgpt.train.metrics import QuietLog, RunLog
 from fastgpt.train.monitor import SKIPPED_IN_A_ROW, SpikeDetector, skipped_in_a_row, write_bad_step
 from fastgpt.train.optimizer import build_optimizer
@@ -163,6 +164,8 @@ class Trainer:
         self.max_steps, self.lr = config.max_steps, config.lr
         self.eval_interval = config.eval_interval or max(1, min(250, config.max_steps // 8))
         self.device = next(task.model.parameters()).device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         # Again: nothing that was measured before may move what dropout draws.
         torch.manual_seed(parallel.seed(config.seed))
         self._loss, self._unsynchronized = parallel.wrap(task, mode, config.precision)
