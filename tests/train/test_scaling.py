@@ -18,7 +18,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.errors import UserError
-from fastgpt.model.gpt import Transformer
 from fastgpt.ops import registry
 from fastgpt.train import build_optimizer, scaling
 from fastgpt.train.scaling import Setup
@@ -29,7 +28,6 @@ PRECISIONS = ["fp32", "bf16", "bf16-weights"]
 needs_kernels = pytest.mark.skipif(
     registry.implementation("add_layer_norm", "cpu").name == "reference", reason="the references keep more than kernels"
 )
-needs_recompute = pytest.mark.skipif(not hasattr(Transformer, "recompute"), reason="the model has no such mode")
 
 
 def small(precision="fp32", batch_size=3, block_size=64, **sizes):
@@ -42,6 +40,10 @@ def model_and_loss(setup):
     torch.manual_seed(0)
     model = GPT(setup.config)
     model.transformer.recompute = setup.recompute
+    # The page is about GPUs, which have not been measured with what fuses a block, and the tied gradients, on a CPU.
+    model._ties = lambda ids, reduction: False
+    for block in model.transformer.h:
+        block._fuses = lambda x: False
     if setup.precision == "bf16-weights":
         model = model.bfloat16()
     ids, targets = torch.randint(setup.config.vocab_size, (2, setup.batch_size, setup.block_size)).unbind()
@@ -134,7 +136,6 @@ def test_activations_are_what_autograd_keeps(sizes, precision):
 
 
 @needs_kernels
-@needs_recompute
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_with_recompute_too(precision):
     setup = replace(small(precision, n_layer=3), recompute=True)
@@ -151,7 +152,7 @@ def most_allocated(run):
 
 
 @needs_kernels
-@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=needs_recompute)])
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(
     "sizes",
     [
