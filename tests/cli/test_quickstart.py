@@ -14,7 +14,7 @@ def test_the_whole_way_in_one_command(cli, tmp_path):
     assert 8 < first < 9  # guessing among 4,096 ids costs 8.3
     assert last < first - 0.5
     assert "bits per byte" in text
-    assert text.count("sample ") == 3
+    assert text.count("─ sample ") == 3
     assert {p.name for p in out.iterdir()} >= {
         "tokenizer",
         "data",
