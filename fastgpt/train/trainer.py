@@ -397,7 +397,7 @@ class Trainer:
                     self._finish(pending, log)
                 evaluate = self._evaluation_is_due(log)
                 save = self.step % c.save_interval == 0
-                if self.late and not (evaluate or save or self.step == self.max_steps or signals):
+                if self.late and not (evaluate or save or self.step == self.max_steps):
                     pending = step
                     continue
                 pending = None
