@@ -49,22 +49,10 @@ using Vector = Lanes<float>;
 typedef int32_t Integers __attribute__((vector_size(64)));
 constexpr Integers kIota = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// exp_nonpositive of cpu.h, for a register.
 FASTGPT_AVX512_INLINE Vector exp_lanes(Vector x) {
-  constexpr float kRound = 12582912.0f;
-  const Vector shifted = x * 1.44269504f + kRound;
-  const Vector n = shifted - kRound;
-  const Vector r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-  Vector e = 1.98412698e-4f * r + 1.38888889e-3f;
-  e = e * r + 8.33333333e-3f;
-  e = e * r + 4.16666667e-2f;
-  e = e * r + 1.66666667e-1f;
-  e = e * r + 0.5f;
-  e = e * r + 1.0f;
-  e = e * r + 1.0f;
-  const Integers exponent = (Integers)shifted - std::bit_cast<int32_t>(kRound) + 127;
-  const Vector scaled = e * (Vector)(exponent << 23);
-  return x < -87.0f ? Vector{} : scaled;
+  Vector y;
+  exp_nonpositive(x, y);
+  return y;
 }
 
 constexpr int64_t padded(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
