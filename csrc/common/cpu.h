@@ -130,26 +130,32 @@ FASTGPT_INLINE auto total(const V& v) {
   return pairwise_sum<kLanes<A>>(each);
 }
 
+// Of exp(x) = 2^n * exp(r), with n = round(x / ln 2) and |r| <= ln(2) / 2: `shifted`, which has n in its low bits, and
+// exp(r), of which eight terms of the series suffice. Of one float, or of a register of them.
+constexpr float kExpRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves a float's integer part in its low bits
+template <typename V>
+FASTGPT_INLINE void exp_parts(const V& x, V& shifted, V& e) {
+  shifted = x * 1.44269504f + kExpRound;
+  const V n = shifted - kExpRound;
+  const V r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts, the first exact in n * part
+  e = 1.98412698e-4f * r + 1.38888889e-3f;
+  e = e * r + 8.33333333e-3f;
+  e = e * r + 4.16666667e-2f;
+  e = e * r + 1.66666667e-1f;
+  e = e * r + 0.5f;
+  e = e * r + 1.0f;
+  e = e * r + 1.0f;
+}
+
 // exp(x) for x <= 0, which is all that a softmax or a tanh needs, to one part in 10^7; vectorizes, as std::exp does not.
-// exp(x) = 2^n * exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where eight terms of the series suffice.
 template <typename A>
 FASTGPT_INLINE A exp_nonpositive(A x) {
   if constexpr (std::is_same_v<A, double>) {
     return std::exp(x);
   } else {
-    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves a float's integer part in its low bits
-    const float shifted = x * 1.44269504f + kRound;
-    const float n = shifted - kRound;
-    const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts, the first exact in n * part
-    float e = 1.98412698e-4f;
-    e = e * r + 1.38888889e-3f;
-    e = e * r + 8.33333333e-3f;
-    e = e * r + 4.16666667e-2f;
-    e = e * r + 1.66666667e-1f;
-    e = e * r + 0.5f;
-    e = e * r + 1.0f;
-    e = e * r + 1.0f;
-    const uint32_t exponent = std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(kRound) + 127u;
+    float shifted, e;
+    exp_parts(x, shifted, e);
+    const uint32_t exponent = std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(kExpRound) + 127u;
     const float scaled = e * std::bit_cast<float>(exponent << 23);
     return x < -87.0f ? 0.0f : scaled;  // 2^-126 is the least normal float; NaN stays NaN
   }
@@ -158,18 +164,9 @@ FASTGPT_INLINE A exp_nonpositive(A x) {
 // The same of 16 floats at once, in whole registers: left to itself GCC takes half of an AVX-512 register.
 FASTGPT_INLINE void exp_nonpositive(const Lanes<float>& x, Lanes<float>& y) {
   typedef int32_t Ints __attribute__((vector_size(64)));
-  constexpr float kRound = 12582912.0f;
-  const Lanes<float> shifted = x * 1.44269504f + kRound;
-  const Lanes<float> n = shifted - kRound;
-  const Lanes<float> r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-  Lanes<float> e = 1.98412698e-4f * r + 1.38888889e-3f;
-  e = e * r + 8.33333333e-3f;
-  e = e * r + 4.16666667e-2f;
-  e = e * r + 1.66666667e-1f;
-  e = e * r + 0.5f;
-  e = e * r + 1.0f;
-  e = e * r + 1.0f;
-  const Ints exponent = (Ints)shifted - std::bit_cast<int32_t>(kRound) + 127;
+  Lanes<float> shifted, e;
+  exp_parts(x, shifted, e);
+  const Ints exponent = (Ints)shifted - std::bit_cast<int32_t>(kExpRound) + 127;
   const Lanes<float> scaled = e * (Lanes<float>)(exponent << 23);
   y = x < -87.0f ? Lanes<float>{} : scaled;
 }

@@ -232,7 +232,10 @@ class Pretraining(Task[Batch]):
         }
 
     def write_model(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+        self._write(self.model, folder)
+
+    def _write(self, model: GPT, folder: Path) -> None:
+        model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def snapshot(self) -> Callable[[Path], None]:
@@ -242,8 +245,7 @@ class Pretraining(Task[Batch]):
             with torch.device("meta"):
                 model = GPT(self.model.config)
             model.load_state_dict(weights, assign=True)
-            model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            self._write(model, folder)
 
         return write
 

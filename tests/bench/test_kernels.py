@@ -1,9 +1,7 @@
 import csv
 import gc
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,13 +20,9 @@ QUICK = ["bench", "kernels", "--quick", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """A folder with layer_norm's results, and what the command printed in a terminal of 100 columns."""
-    out = tmp_path_factory.mktemp("results")
-    command = [sys.executable, "-m", "fastgpt", *QUICK, "--op", "layer_norm", "--out", str(out), "--machine", "here"]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
-    assert run.returncode == 0, run.stderr
-    return out, run.stdout
+def results(measured_by):
+    """A folder with layer_norm's results, and what the command printed."""
+    return measured_by(*QUICK, "--op", "layer_norm")
 
 
 def test_the_table_fits_a_terminal_of_100_columns(results):

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -13,13 +10,10 @@ SIZES = {"n_layer": None, "n_head": None, "n_embd": None, "vocab_size": 512}
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(measured_by):
     """What one contender's measurement wrote and printed."""
-    out = tmp_path_factory.mktemp("results")
-    command = [sys.executable, "-m", "fastgpt", *QUICK, "--vs", "nanogpt", "--out", str(out), "--machine", "here"]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
-    assert run.returncode == 0, run.stderr
-    return out / "here", run.stdout
+    out, text = measured_by(*QUICK, "--vs", "nanogpt")
+    return out / "here", text
 
 
 def test_contenders_train_alike_in_processes_of_their_own(measured):

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from fastgpt.ops import philox
-from fastgpt.ops.attention_cpu import empty_grads
+from fastgpt.ops.attention_cpu import empty_grads, heads_last
 from fastgpt.ops.triton.attention import attention_forward, combine, document_spans
 from fastgpt.ops.triton.attention_backward import attention_backward_kv, attention_backward_q
 
@@ -124,11 +124,6 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def heads_last(B: int, H: int, T: int, D: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty (B, H, T, D) that lies as (B, T, H, D): joining the heads afterwards is then free."""
-    return torch.empty((B, T, H, D), device=like.device, dtype=dtype or like.dtype).transpose(1, 2)
-
-
 def _rows_contiguous(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.size(-1) == 1 else t.contiguous()
 
@@ -167,7 +162,7 @@ def forward(
     """
     B, H, T_q, D = q.shape
     T_k = k.size(2)
-    out = heads_last(B, H, T_q, D, q)
+    out = heads_last(q)
     lse = torch.empty((B, H, T_q), device=q.device, dtype=torch.float32)
     if out.numel() == 0 or T_k == 0:
         return out.zero_(), lse.fill_(math.inf)
