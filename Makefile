@@ -11,7 +11,7 @@ setup: $(READY)
 # torch comes first, and the package with --no-build-isolation: so pip builds against that torch and fetches no second one.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt setuptools wheel ninja
+	$(PIP) install -q -c constraints.txt setuptools wheel ninja pybind11
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[dev]"
 	@$(VENV)/bin/python -c "from fastgpt.ops import registry; print(registry.extension_line())"
