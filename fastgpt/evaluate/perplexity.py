@@ -27,7 +27,11 @@ def open_split(data: Path, split: str, model_folder: Path) -> TokenDataset:
 
 
 def perplexity(
-    model: GPT, shards: TokenDataset, batch_size: int = 16, max_batches: int | None = None
+    model: GPT,
+    shards: TokenDataset,
+    batch_size: int = 16,
+    max_batches: int | None = None,
+    document_masks: bool = False,
 ) -> dict[str, Any]:
     """Mean loss in nats per token over windows of n_positions tokens, and what follows from it.
 
@@ -36,8 +40,9 @@ def perplexity(
 
     Args:
         max_batches: only so many batches, spread evenly over the split; all of it if None.
+        document_masks: no token sees another document, as where the model was trained so.
     """
-    packed = PackedDataset(shards, model.config.n_positions, seed=0, shuffle=False)
+    packed = PackedDataset(shards, model.config.n_positions, seed=0, shuffle=False, document_masks=document_masks)
     loss, tokens = validation_loss(model, packed, batch_size, max_batches)
     part = shards.meta["splits"][shards.split]
     return {

@@ -51,6 +51,8 @@ class EvalConfig:
     """Sequences in one forward pass."""
     max_batches: int | None = None
     """Only so many batches of the shards, spread evenly over the split; all of it if not given."""
+    document_masks: bool = False
+    """On the shards let no token see another document, as `fastgpt train --document-masks` does."""
     max_new_tokens: int = 256
     """Tokens in one response at the most; half of what the model reads, if that is less."""
     template: Literal["alpaca", "chatml"] | None = None
@@ -121,7 +123,7 @@ def evaluate(
             report.write(c.out, results)
 
     if shards is not None:
-        results["perplexity"] = perplexity(model, shards, c.batch_size, c.max_batches)
+        results["perplexity"] = perplexity(model, shards, c.batch_size, c.max_batches, c.document_masks)
         done("perplexity", results["perplexity"])
     for path, name, questions in files:
         scores = multiple_choice(model, tokenizer, questions, c.batch_size, progress)

@@ -1,7 +1,6 @@
 """Classification: a GPT becomes one that says which class a text is of."""
 
 import json
-import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt.data.documents import batches_by_length
 from fastgpt.errors import UserError
 from fastgpt.files import atomic_write
 from fastgpt.finetune.common import FinetuneConfig, adapt, load_base, settle
@@ -18,8 +18,6 @@ from fastgpt.finetune.scores import Scores, draw_scores, score
 from fastgpt.model.classifier import Classes, GPTClassifier, Pooling
 from fastgpt.train import Task, Trainer, TrainResult, explained_run, open_run, pick_device, publish_best
 
-# Batches are filled from so many batches' examples, in the order of their lengths: little is padding.
-SORTED_TOGETHER = 16
 PARTS = ("train", "val", "test")
 
 
@@ -129,16 +127,8 @@ class Classification(Task[Batch]):
         self._batches = self._arrange()
 
     def _arrange(self) -> list[list[int]]:
-        """The epoch's batches: shuffled, then sorted by length some batches at a time, then shuffled again."""
-        rng = random.Random(f"{self.config.seed}/{self.epoch}")
-        size, lengths = self.config.batch_size, [len(ids) for ids in self.ids["train"]]
-        order = rng.sample(range(len(lengths)), len(lengths))
-        batches = []
-        for start in range(0, len(order), size * SORTED_TOGETHER):
-            together = sorted(order[start : start + size * SORTED_TOGETHER], key=lambda i: lengths[i])
-            batches += [together[i : i + size] for i in range(0, len(together), size)]
-        rng.shuffle(batches)
-        return batches
+        lengths = [len(ids) for ids in self.ids["train"]]
+        return batches_by_length(lengths, self.config.batch_size, self.config.seed, self.epoch)
 
     def next_batch(self) -> Batch:
         if self.position == len(self._batches):

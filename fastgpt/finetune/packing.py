@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgpt.errors import UserError
+from fastgpt.data.loader import check_position
 
 TooLong = Literal["cut", "skip"]
 WINDOW = 1024  # examples that are sorted into rows together: enough to fill rows, few enough to stay shuffled
@@ -155,12 +155,6 @@ class PackedExamples:
         Raises:
             UserError: it was taken from other data, or with another block size or seed.
         """
-        now = self.state_dict()
-        for name in ("seed", "block_size", "examples"):
-            if state[name] != now[name]:
-                raise UserError(
-                    f"the checkpoint's position is of other data: its {name} is {state[name]}, here it is {now[name]}; "
-                    "resume on the data that the run was started on"
-                )
+        check_position(state, self.state_dict())
         self.epoch, self.position = state["epoch"], state["position"]
         self._rows = pack(self.lengths, self.block_size, self.seed, self.epoch)

@@ -140,6 +140,8 @@ class TrainConfig(RunConfig):
     """Width, instead of the preset's."""
     block_size: int | None = None
     """Tokens in a training sequence; also the model's n_positions, unless it starts from --init-from."""
+    document_masks: bool = False
+    """Let no token see another document: each begins anew, at position 0, with the end-of-text that is before it."""
     dropout: float = 0.0
     """Dropout on embeddings, attention and residuals."""
     init_from: Path | None = None

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from fastgpt.data import PackedDataset, TokenDataset
+from fastgpt.data import PackedDataset, Prefetched, TokenDataset
 from fastgpt.errors import UserError
 from fastgpt.files import sha256_file
 from fastgpt.model import GPT, GPTConfig
@@ -52,9 +53,9 @@ def validation_loss(
         for start in range(0, len(batches), parallel.size()):
             i = start + parallel.rank()
             # Sharded weights need all ranks to run alike: one without a batch of its own does another's, for nothing.
-            x, y = data.batch(batches[min(i, len(batches) - 1)])
+            x, y, *documents = (t.to(device) for t in data.batch(batches[min(i, len(batches) - 1)]))
             with autocast(device, precision):
-                loss = model.loss(x.to(device), y.to(device)).item()
+                loss = model.loss(x, y, cu_seqlens=documents[0] if documents else None).item()
             if i < len(batches):
                 sums[i] = loss * y.numel()
     finally:
@@ -64,14 +65,23 @@ def validation_loss(
 
 
 class Batch(NamedTuple):
-    """ids and targets (B, T) int64, and each row's epoch and window: it starts at token window x T of the split."""
+    """ids and targets (B, T) int64, and each row's epoch and window: it starts at token window x T of the split.
+
+    With --document-masks where documents begin too, as `GPT.loss` takes it.
+    """
 
     ids: Tensor
     targets: Tensor
     windows: list[tuple[int, int]]
+    cu_seqlens: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """With its tensors changed."""
+        documents = None if self.cu_seqlens is None else change(self.cu_seqlens)
+        return Batch(change(self.ids), change(self.targets), self.windows, documents)
 
 
-def compile_loss(model: GPT, config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
+def compile_loss(model: GPT, config: TrainConfig) -> Callable[..., Tensor]:
     """`model.loss`, compiled whole; on a GPU as a CUDA graph, which does not hold gradients that accumulate.
 
     Raises:
@@ -81,9 +91,11 @@ def compile_loss(model: GPT, config: TrainConfig) -> Callable[[Tensor, Tensor], 
     mode = "reduce-overhead" if cuda and config.grad_accum == 1 else None
     compiled = torch.compile(model.loss, fullgraph=True, mode=mode)
 
-    def loss(ids: Tensor, targets: Tensor) -> Tensor:
+    def loss(ids: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        if cu_seqlens is not None:  # of one length, whatever documents there are: another would be compiled again
+            cu_seqlens = F.pad(cu_seqlens, (0, ids.numel() + 1 - len(cu_seqlens)), value=ids.numel())
         try:
-            return compiled(ids, targets)
+            return compiled(ids, targets, cu_seqlens=cu_seqlens)
         except TorchDynamoException as error:
             first = next(line for line in str(error).splitlines() if line.strip())
             raise UserError(f"--compile does not work here ({first.strip()}): mend that or leave it out") from error
@@ -107,8 +119,11 @@ class Pretraining(Task[Batch]):
         torch.manual_seed(config.seed)
         self.model: GPT = self._build_model(config, latest[1] if latest else None).to(self.device)
         block_size = config.block_size or self.model.config.n_positions
-        self.train_data = PackedDataset(train_shards, block_size, seed=config.seed)
-        self.val_data = PackedDataset(val_shards, block_size, seed=config.seed, shuffle=False)
+        masks = config.document_masks
+        self.train_data = PackedDataset(
+            train_shards, block_size, config.seed, document_masks=masks, rank=parallel.rank(), ranks=parallel.size()
+        )
+        self.val_data = PackedDataset(val_shards, block_size, config.seed, shuffle=False, document_masks=masks)
         eot = self.tokenizer.eot_id
         self.prompt = self.tokenizer.encode(config.sample_prompt) or [0 if eot is None else eot]
         if config.sample_tokens and len(self.prompt) > self.model.config.n_positions:
@@ -121,12 +136,14 @@ class Pretraining(Task[Batch]):
         precision = pick_precision(config.precision, self.device, rows, self.model.config.n_embd)
         self.config = config = replace(config, block_size=block_size, precision=precision)
         if config.minutes is not None:
-            mine = self._seconds_per_step(config, block_size)
+            mine = self._seconds_per_step(config)
             seconds = parallel.on_main(lambda: mine)
             done = latest[0] if latest else 0
             steps = done + max(1, round(60 * config.minutes / seconds))
             self.config = config = replace(config, max_steps=steps, minutes=None)
         self.compiled_loss = compile_loss(self.model, config) if config.compile else None
+        # A CPU has no time to hide it behind: a batch takes less than a thousandth of a step there.
+        self.prefetched = self._prefetch() if self.device.type == "cuda" else None
 
     def _build_model(self, config: TrainConfig, folder: Path | None) -> GPT:
         start = folder or config.init_from
@@ -161,19 +178,20 @@ class Pretraining(Task[Batch]):
             model.set_dropout(config.dropout)
         return model
 
-    def _seconds_per_step(self, config: TrainConfig, block_size: int) -> float:
+    def _seconds_per_step(self, config: TrainConfig) -> float:
         """Measured on a copy of the model, so that the run itself starts as if nothing had been measured."""
         model = copy.deepcopy(self.model)
         optimizer = build_optimizer(model, lr=0.0, **self.optimizer_options())
         model.transformer.recompute = config.recompute
         compute_loss = compile_loss(model, config) if config.compile else model.loss
-        ids = torch.randint(model.config.vocab_size, (config.batch_size, block_size + 1)).to(self.device)
+        windows = [i % self.train_data.windows for i in range(config.batch_size)]
+        ids, targets, *documents = (t.to(self.device) for t in self.train_data.batch(windows))
         times = []
         for _ in range(6):
             start = time.perf_counter()
             for _ in range(config.grad_accum):
                 with autocast(self.device, config.precision):
-                    loss = compute_loss(ids[:, :-1], ids[:, 1:])
+                    loss = compute_loss(ids, targets, cu_seqlens=documents[0] if documents else None)
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -181,18 +199,28 @@ class Pretraining(Task[Batch]):
             times.append(time.perf_counter() - start)
         return sorted(times[1:])[len(times[1:]) // 2]
 
+    def _prefetch(self) -> Prefetched[Batch]:
+        def pinned() -> Batch:  # from there the host need not wait for the copy to the device
+            return self._read_batch().each(Tensor.pin_memory)
+
+        device = next(self.model.parameters()).device
+        return Prefetched(pinned, self.train_data, lambda: torch.cuda.set_device(device))
+
+    def _read_batch(self) -> Batch:
+        windows = self.train_data.next_windows(self.config.batch_size)
+        ids, targets, *documents = self.train_data.batch([window for _, window in windows])
+        return Batch(ids, targets, windows, *documents)
+
     def next_batch(self) -> Batch:
-        # All ranks count all of a step's windows, so that a checkpoint's position means the same to any number of them.
-        B, rank = self.config.batch_size, parallel.rank()
-        windows = self.train_data.next_windows(B * parallel.size())[rank * B : (rank + 1) * B]
-        return Batch(*self.train_data.batch([window for _, window in windows]), windows)
+        return self.prefetched.next_batch() if self.prefetched else self._read_batch()
+
+    def close(self) -> None:
+        if self.prefetched:
+            self.prefetched.close()
 
     def loss(self, batch: Batch) -> Tensor:
-        ids, targets = batch.ids, batch.targets
-        if self.device.type == "cuda":  # from pinned memory the host need not wait for the copy
-            ids, targets = ids.pin_memory(), targets.pin_memory()
-        ids, targets = (t.to(self.device, non_blocking=True) for t in (ids, targets))
-        return (self.compiled_loss or self.model.loss)(ids, targets)
+        ids, targets, _, documents = batch.each(lambda t: t.to(self.device, non_blocking=True))
+        return (self.compiled_loss or self.model.loss)(ids, targets, cu_seqlens=documents)
 
     def tokens(self, batch: Batch) -> int:
         return batch.ids.numel()
@@ -217,10 +245,10 @@ class Pretraining(Task[Batch]):
         return c.sample_prompt + self.tokenizer.decode(text[0, len(self.prompt) :].tolist())
 
     def state_dict(self) -> dict[str, Any]:
-        return self.train_data.state_dict()
+        return (self.prefetched or self.train_data).state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.train_data.load_state_dict(state)
+        (self.prefetched or self.train_data).load_state_dict(state)
 
     def optimizer_options(self) -> dict[str, Any]:
         c = self.config

@@ -29,6 +29,9 @@ class Task(Generic[Batch]):
         """The next one, on the CPU or already on the device."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Ends what runs beside the training, such as a thread that reads ahead; the run is over."""
+
     def loss(self, batch: Batch) -> Tensor:
         """The mean loss of a batch, over what `weight` counts; it runs under the run's autocast."""
         raise NotImplementedError

@@ -12,7 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,8 @@ from fastgpt.train.writers import check_writers, open_writers
 
 if TYPE_CHECKING:
     from fastgpt.train.sharded import Saves
+
+WORTH_TELLING = 0.03  # the share of a run's time that it waited for data
 
 
 @dataclass
@@ -186,7 +188,8 @@ class Trainer:
             if isinstance(module, Transformer):
                 module.recompute = config.recompute
         self.step, self.tokens, self.seconds = 0, 0, 0.0
-        self._clock, self._read = 0.0, 0  # when a step's figures were last read, and the tokens by then
+        # When a step's figures were last read, the tokens by then, and the seconds that batches were waited for since.
+        self._clock, self._read, self._waited = 0.0, 0, 0.0
         # On a GPU a step's loss is read when the next one is launched, so that the host never lets the device wait. A
         # CPU has nothing to gain: its step is done when it is launched.
         self.late = self.device.type == "cuda"
@@ -259,7 +262,9 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+        start = time.perf_counter()
         batches = [self.task.next_batch() for _ in range(c.grad_accum)]
+        self._waited += time.perf_counter() - start
         sums = [sum(map(of, batches)) for of in (self.task.weight, self.task.tokens)]
         weight, tokens = parallel.total(torch.tensor(sums, dtype=torch.float64)).tolist()
         mean = weight / parallel.size()  # over ranks, which the gradients' average over ranks belongs to
@@ -284,8 +289,8 @@ class Trainer:
         now = time.perf_counter()
         elapsed, self._clock = now - self._clock, now
         self.seconds += elapsed
-        rate = (step.tokens - self._read) / elapsed
-        self._read = step.tokens
+        rate, waited = (step.tokens - self._read) / elapsed, self._waited / elapsed
+        self._read, self._waited = step.tokens, 0.0
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._step_over(step, loss, grad_norm, log)
             return
@@ -299,6 +304,7 @@ class Trainer:
             grad_norm=grad_norm,
             tokens_per_s=round(rate, 1),
             **({"mfu": round(mfu, 4)} if mfu is not None else {}),
+            data_wait=round(waited, 4),
             seconds=round(self.seconds, 3),
             **({"spike_over": usual} if usual is not None else {}),
         )
@@ -380,7 +386,7 @@ class Trainer:
             peak, peak_source = parallel.on_main(lambda: peak_flops(self.device, c.precision))
             self._peak = peak * parallel.size()
         task.model.train()
-        with self._open_log() as log, StopSignals() as signals:
+        with self._open_log() as log, StopSignals() as signals, closing(task):
             log.say(f"{task.describe()}, {c.precision} on {self.device}")
             if self.step:
                 log.say(f"resumed from {c.out / 'checkpoints' / f'step_{self.step}'}")
@@ -425,6 +431,9 @@ class Trainer:
                     share = median * task.flops_per_token / self._peak
                     mfu = f", MFU {share:.0%} of {self._peak / 1e9:,.0f} GFLOP/s ({peak_source})"
                 log.say(f"{median:,.0f} tokens/s{mfu}")
+                waits = [r["data_wait"] for r in log.records if "data_wait" in r]
+                if (wait := sum(waits) / max(1, len(waits))) > WORTH_TELLING:
+                    log.say(f"waited for data {wait:.0%} of the time: the disk or the CPU is slower than the steps")
             first, last = losses[0], losses[-1]
             if stopped:
                 name = signal.Signals(stopped).name

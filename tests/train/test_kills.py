@@ -12,7 +12,7 @@ from fastgpt.train import checkpoint, metrics
 
 def what_it_did(run):
     """All that a run leaves, without what depends on the clock."""
-    clocks = ("seconds", "tokens_per_s", "mfu")
+    clocks = ("seconds", "tokens_per_s", "mfu", "data_wait")
     records = metrics.read_metrics(run / "metrics.jsonl")
     samples = (run / "samples.jsonl").read_text()
     return [{k: v for k, v in r.items() if k not in clocks} for r in records], samples
