@@ -1,7 +1,7 @@
 """Text to documents, documents to token shards, shards to batches."""
 
-from fastgpt.data.documents import DocumentDataset
 from fastgpt.data.loader import PackedDataset, WindowDataset
+from fastgpt.data.padded import DocumentDataset
 from fastgpt.data.prefetch import Prefetched
 from fastgpt.data.read import Document, find_files, read_documents
 from fastgpt.data.shards import TokenDataset, prepare

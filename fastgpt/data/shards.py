@@ -9,7 +9,6 @@ tokenizer.json, ...          the tokenizer, so that the folder is all that train
 
 import hashlib
 import json
-import mmap
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, chain
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastgpt.data.mapped import MappedNumbers
 from fastgpt.data.read import Document
 from fastgpt.errors import UserError
 from fastgpt.files import atomic_dir
@@ -184,46 +184,17 @@ def prepare(
     return meta
 
 
-class _Numbers:
-    """A file of numbers, read through a memory map."""
-
-    def __init__(self, path: Path, dtype: str, count: int) -> None:
-        self.path, self._bytes = path, count * np.dtype(dtype).itemsize
-        if not path.is_file():
-            raise UserError(f"{path} is missing: prepare the data again")
-        if path.stat().st_size != self._bytes:
-            raise UserError(
-                f"{path} has {path.stat().st_size:,} bytes, meta.json says {self._bytes:,}: prepare the data again"
-            )
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._array = np.frombuffer(self._map, dtype)
-
-    def __call__(self) -> npt.NDArray[Any]:
-        """All of them; nothing is read before it is looked at."""
-        if self._map.size() < self._bytes:  # to look at what is gone would end the process (SIGBUS)
-            raise UserError(f"{self.path} was cut short while it was in use: prepare the data again")
-        return self._array
-
-    def will_need(self, start: int, stop: int) -> None:
-        """Has the system read [start, stop) from the disk meanwhile."""
-        size = self._array.itemsize
-        first = start * size // mmap.PAGESIZE * mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_WILLNEED, first, stop * size - first)
-
-
 class TokenDataset:
     """One split of a folder of shards, as one long sequence of tokens. Opened by `TokenDataset.open`."""
 
     def __init__(self, folder: Path, split: str, meta: dict[str, Any]) -> None:
         self.folder, self.split, self.meta = folder, split, meta
         part = meta["splits"][split]
-        dtype = {"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]]
-        self.dtype = np.dtype(dtype)
+        self.dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
         self.files = [shard["file"] for shard in part["shards"]]
         self._ends = list(accumulate(shard["tokens"] for shard in part["shards"]))
-        self._shards = [_Numbers(folder / shard["file"], dtype, shard["tokens"]) for shard in part["shards"]]
-        self._documents: _Numbers | None = None
+        self._shards = [MappedNumbers(folder / s["file"], self.dtype, s["tokens"]) for s in part["shards"]]
+        self._documents: MappedNumbers | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:  # to a DataLoader's workers: they map the files themselves
         return TokenDataset, (self.folder, self.split, self.meta)
@@ -254,7 +225,7 @@ class TokenDataset:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def _parts(self, start: int, stop: int) -> list[tuple[_Numbers, int, int]]:
+    def _parts(self, start: int, stop: int) -> list[tuple[MappedNumbers, int, int]]:
         """The shards that hold the tokens [start, stop), and where in each."""
         if not 0 <= start <= stop <= self._ends[-1]:
             raise IndexError(f"tokens [{start}, {stop}) of {len(self)}")
@@ -300,8 +271,9 @@ class TokenDataset:
         """
         if self._documents is None:
             path = self.folder / f"{self.split}_documents.bin"
-            self._documents = _Numbers(path, "<u8", self.meta["splits"][self.split]["documents"])
-            starts = self._documents()
+            documents = MappedNumbers(path, np.dtype("<u8"), self.meta["splits"][self.split]["documents"])
+            starts = documents()
             if starts[0] != 0 or starts[-1] >= len(self) or (starts[1:] <= starts[:-1]).any():
                 raise UserError(f"{path} does not match the shards: prepare the data again")
+            self._documents = documents
         return self._documents()

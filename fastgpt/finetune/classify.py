@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.data.documents import batches_by_length
+from fastgpt.data.padded import batches_by_length
 from fastgpt.errors import UserError
 from fastgpt.files import atomic_write
 from fastgpt.finetune.common import FinetuneConfig, adapt, load_base, settle

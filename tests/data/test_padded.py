@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastgpt.data import DocumentDataset, TokenDataset
-from fastgpt.data.documents import SORTED_TOGETHER
+from fastgpt.data.padded import SORTED_TOGETHER
 from fastgpt.errors import UserError
 
 EOT = 299
