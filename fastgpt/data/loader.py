@@ -4,6 +4,7 @@
 pre-training reads: windows end to end, shuffled, whose place in the epoch a checkpoint keeps.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -128,36 +129,31 @@ class PackedDataset:
 
     def _go_to(self, epoch: int, position: int) -> None:
         self.epoch, self.position = epoch, position
-        self._permutation = Permutation(self.windows, [self.seed, epoch])
-        self._order: tuple[int, list[int]] = (0, [])  # the windows from a position on
+        self._coming = self._windows_from(epoch, position)
 
-    def _take(self, count: int) -> list[int]:
-        """The next windows of the epoch, at most `count`."""
-        start, order = self._order
-        if not start <= self.position < start + len(order):
-            start, stop = self.position, min(self.position + ORDERED_TOGETHER, self.windows)
-            order = self._permutation(start, stop) if self.shuffle else list(range(start, stop))
-            self._order = start, order
-        taken = order[self.position - start :][:count]
-        self.position += len(taken)
-        return taken
+    def _windows_from(self, epoch: int, position: int) -> Iterator[tuple[int, int]]:
+        """Epochs and windows without end."""
+        while True:
+            order = Permutation(self.windows, [self.seed, epoch])
+            for start in range(position, self.windows, ORDERED_TOGETHER):
+                stop = min(start + ORDERED_TOGETHER, self.windows)
+                for window in order(start, stop) if self.shuffle else range(start, stop):
+                    yield epoch, window
+            epoch, position = epoch + 1, 0
 
     def next_windows(self, batch_size: int) -> list[tuple[int, int]]:
         """The epochs and numbers of this rank's next windows, whose `batch` is the next one."""
-        windows: list[tuple[int, int]] = []
-        while len(windows) < batch_size * self.ranks:
-            if self.position == self.windows:
-                self._go_to(self.epoch + 1, 0)
-            taken = self._take(batch_size * self.ranks - len(windows))
-            windows += [(self.epoch, window) for window in taken]
+        windows = list(itertools.islice(self._coming, batch_size * self.ranks))
+        epochs, last = divmod(self.position + len(windows) - 1, self.windows)
+        self.epoch, self.position = self.epoch + epochs, last + 1
         return windows[self.rank * batch_size :][:batch_size]
 
     def batch(self, windows: Sequence[int]) -> tuple[Tensor, ...]:
         """The inputs and targets of these windows, (B, T) int64 each; window w starts at token w T of the split.
 
         With `document_masks` `cu_seqlens` too, as `GPT.loss` takes it: (n + 1,) int32, where among the B T tokens a
-        document or a row begins, and B T. The end-of-text before a document is its first token: it is what a model is
-        given to begin a text, and the document before it is left without a target in the next one.
+        document or a row begins, and B T. A document begins with the end-of-text before it: that is what a model is
+        given to begin a text with, and so no token is predicted from another document.
         """
         starts = [window * self.block_size for window in windows]
         ids = read_windows(self.data, starts, self.block_size + 1)
@@ -166,12 +162,13 @@ class PackedDataset:
 
     def _cu_seqlens(self, starts: list[int]) -> Tensor:
         T, documents = self.block_size, self.data.document_starts
-        # Of a document at d the end-of-text is at d - 1. One at the row's first token is the row's beginning itself.
-        from_, to = (np.array([s + n for s in starts], np.uint64) for n in (2, T + 1))
-        found = zip(starts, np.searchsorted(documents, from_), np.searchsorted(documents, to), strict=True)
-        rows = [[s, *(documents[a:b] - np.uint64(1)).tolist()] for s, a, b in found]
-        boundaries = [r * T + token - row[0] for r, row in enumerate(rows) for token in row]
-        return torch.tensor([*boundaries, len(rows) * T], dtype=torch.int32)
+        first = np.array(starts, np.uint64)
+        # A document at d begins at d - 1, the end-of-text; one at a row's first token is where the row begins anyway.
+        within = (np.searchsorted(documents, first + n).tolist() for n in (2, T + 1))
+        boundaries = []
+        for row, (start, a, b) in enumerate(zip(starts, *within, strict=True)):
+            boundaries += [row * T, *(documents[a:b] - (start + 1) + row * T).tolist()]
+        return torch.tensor([*boundaries, len(starts) * T], dtype=torch.int32)
 
     def next_batch(self, batch_size: int) -> tuple[Tensor, ...]:
         """This rank's next `batch`; goes on into the next epoch by itself."""

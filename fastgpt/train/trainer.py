@@ -433,7 +433,7 @@ class Trainer:
                 log.say(f"{median:,.0f} tokens/s{mfu}")
                 waits = [r["data_wait"] for r in log.records if "data_wait" in r]
                 if (wait := sum(waits) / max(1, len(waits))) > WORTH_TELLING:
-                    log.say(f"waited for data {wait:.0%} of the time: the disk or the CPU is slower than the steps")
+                    log.say(f"waited for data: {wait:.0%} of the time")
             first, last = losses[0], losses[-1]
             if stopped:
                 name = signal.Signals(stopped).name

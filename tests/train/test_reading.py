@@ -41,6 +41,16 @@ def test_reading_ahead_changes_no_loss_and_no_position(shards, tmp_path, monkeyp
         assert torch.equal(a, b)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_batches_come_pinned_from_a_thread(shards, tmp_path):
+    task = Pretraining(config(shards, tmp_path / "run", document_masks=True, **{**SMALL, "device": "cuda"}), None)
+    batch = task.next_batch()
+    assert all(t.is_pinned() for t in (batch.ids, batch.targets, batch.cu_seqlens))
+    assert threading.active_count() > 1
+    task.close()
+    assert task.loss(batch).isfinite()
+
+
 def test_a_shard_that_is_cut_short_ends_the_run_in_one_line_and_no_thread_stays(shards, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(shards, data)
