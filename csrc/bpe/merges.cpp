@@ -27,6 +27,7 @@
 namespace fastgpt::bpe {
 namespace {
 
+constexpr uint32_t kLarge = 1 << 16;
 constexpr uint32_t kNone = std::numeric_limits<uint32_t>::max();  // the id of the cells between words
 
 uint64_t key(uint32_t left, uint32_t right) { return static_cast<uint64_t>(left) << 32 | right; }
@@ -124,33 +125,32 @@ class Trainer {
  private:
   struct Cell {
     uint32_t id;
-    uint32_t weight;  // which of weights_ is the count of its word
+    uint32_t count;  // of its word; from kLarge on, where in large_ it is
   };
   struct Occurrence {
     uint32_t place, left, right;  // its first cell, and the tokens beside it
   };
 
   void lay_out(const WordCounts& words) {
-    std::vector<const WordCounts::Slot*> slots;
     uint64_t cells = 1;
-    for (const WordCounts::Slot& slot : words.slots()) {
-      if (slot.size < 2) continue;
-      slots.push_back(&slot);
-      cells += slot.size + 1;
-    }
+    for (const WordCounts::Slot& slot : words.slots()) cells += slot.size < 2 ? 0 : slot.size + 1;
     if (cells > kNone) throw std::overflow_error("the distinct words of the texts have more than 4 GiB");
-    // Words of one count share a weight, so that the weights fit a cache; and the cells of frequent words are together.
-    std::sort(slots.begin(), slots.end(), [](const auto* a, const auto* b) { return a->count > b->count; });
     cells_.reserve(cells);
     cells_.push_back({kNone, 0});
     char buffer[16];
-    for (const WordCounts::Slot* slot : slots) {
-      if (weights_.empty() || weights_.back() != slot->count) weights_.push_back(slot->count);
-      const auto weight = static_cast<uint32_t>(weights_.size() - 1);
-      for (const char c : words.spell(*slot, buffer)) add_cell({byte_ids_[static_cast<unsigned char>(c)], weight});
+    for (const WordCounts::Slot& slot : words.slots()) {
+      if (slot.size < 2) continue;
+      auto count = static_cast<uint32_t>(slot.count);
+      if (slot.count >= kLarge) {
+        count = kLarge + static_cast<uint32_t>(large_.size());
+        large_.push_back(slot.count);
+      }
+      for (const char c : words.spell(slot, buffer)) add_cell({byte_ids_[static_cast<unsigned char>(c)], count});
       add_cell({kNone, 0});
     }
   }
+
+  uint64_t count_at(const Cell& cell) const { return cell.count < kLarge ? cell.count : large_[cell.count - kLarge]; }
 
   void add_cell(Cell cell) {
     cells_.push_back(cell);
@@ -173,7 +173,7 @@ class Trainer {
       }
     };
     each([&](size_t i, Neighbour& pair) {
-      pair.count += weights_[cells_[i].weight];
+      pair.count += count_at(cells_[i]);
       ++pair.places;
       ++all;
     });
@@ -223,7 +223,7 @@ class Trainer {
       const uint32_t place = list[i];
       Cell* cell = &cells_[place];
       if (cell->id != a || cell[a_length].id != b) continue;
-      const uint64_t count = weights_[cell->weight];
+      const uint64_t count = count_at(*cell);
       uint32_t left = cell[-1].id;
       const uint32_t right = cell[length].id;
       cell[0].id = cell[a_length].id = cell[length - 1].id = token;
@@ -267,7 +267,7 @@ class Trainer {
   const std::function<void(size_t)>& pulse_;
   const std::array<uint32_t, 256>& byte_ids_;
   std::vector<Cell> cells_;
-  std::vector<uint64_t> weights_;
+  std::vector<uint64_t> large_;
   std::vector<uint32_t> lengths_;              // in bytes, of each token
   std::vector<std::vector<uint32_t>> places_;  // of the pairs of bytes, then of those that each merge made
   PairTable pairs_;
