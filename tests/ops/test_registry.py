@@ -56,14 +56,16 @@ def test_the_environment_variable_forces_the_reference():
 
 
 @pytest.mark.parametrize("broken", [None, b"not a library"])
-def test_without_the_extension_ops_take_their_references(tmp_path, broken):
+def test_without_the_extensions_all_runs_in_python(tmp_path, broken):
     shutil.copytree(ROOT / "fastgpt", tmp_path / "fastgpt", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     if broken:
-        (tmp_path / "fastgpt/_C.abi3.so").write_bytes(broken)
+        for name in ("_C", "_bpe"):
+            (tmp_path / f"fastgpt/{name}.abi3.so").write_bytes(broken)
     code = """
 import torch, fastgpt
-from fastgpt import ops, GPT, GPTConfig
+from fastgpt import bpe, ops, GPT, GPTConfig, Tokenizer
 print(fastgpt.__file__)
+print(len(Tokenizer.train(["ab ab"], 258).merges), bpe.trainer_line())
 x, w = torch.randn(2, 8, requires_grad=True), torch.ones(8)
 ops.layer_norm(x, w, w).sum().backward()
 model = GPT(GPTConfig.preset("micro"))
@@ -75,6 +77,7 @@ print(ops.implementations())
     assert str(tmp_path) in done.stdout
     assert "op='layer_norm', device='cpu', name='reference'" in done.stdout
     assert ("does not load" if broken else "was not built") in done.stdout
+    assert "1 BPE trainer: plain Python (" in done.stdout
 
 
 @pytest.mark.parametrize(
