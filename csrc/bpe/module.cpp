@@ -76,7 +76,7 @@ WordCounts count_words(const py::iterable& texts, const Splitter& splitter, size
   auto owner = std::make_shared<Owner>(bin);
   size_t size = 0;
   const auto send = [&] {
-    task.owner = owner;
+    task.owner = std::exchange(owner, std::make_shared<Owner>(bin));
     for (bool sent = false; !sent;) {
       {
         const py::gil_scoped_release release;
@@ -90,16 +90,14 @@ WordCounts count_words(const py::iterable& texts, const Splitter& splitter, size
   };
   for (const py::handle item : texts) {
     auto [object, rest] = utf8(py::reinterpret_borrow<py::object>(item));
-    if (rest.empty()) continue;
-    owner->objects.push_back(std::move(object));
     while (!rest.empty()) {
       std::string_view piece;
       std::tie(piece, rest) = cut(rest, kTaskBytes);
       task.texts.push_back(piece);
+      owner->objects.push_back(object);
       size += piece.size() + kTextCost;
       if (size >= kTaskBytes) send();
     }
-    if (!size) owner = std::make_shared<Owner>(bin);
   }
   if (size) send();
   counter.close();
