@@ -5,7 +5,7 @@ merged wherever it stands; again, until there are as many tokens as asked for. T
 the same text always gives the same merges.
 
 The native trainer (csrc/bpe) does this where it was built. What stands here in Python does the same where it was not,
-a hundred times as slowly.
+some forty times as slowly.
 
 Counting every pair again for each merge would take hours. Here the counts are kept: a merge changes only the words that
 hold its pair, which an index finds, and a heap gives the most frequent pair. Entries of the heap that a later count has
@@ -69,7 +69,7 @@ def learn_merges(
 ) -> list[Pair]:
     """The first `merges` merges, each a pair of ids; merge i makes the id 256 + i. Fewer if no pair is left.
 
-    Memory grows with the distinct words of the texts, some 100 bytes each. Lone surrogates count as "?".
+    Memory grows with the distinct words of the texts, by 100 to 300 bytes each. Lone surrogates count as "?".
 
     Args:
         texts: read once, one at a time.
