@@ -28,13 +28,12 @@ CXX_FLAGS = [
 ]
 # 9.0a is Hopper with wgmma; the newest generic architecture comes as PTX too, for GPUs that are newer still.
 CUDA_ARCHS = "8.0;9.0a;10.0+PTX"
-
-
+# What the package does without them.
 INSTEAD = {"fastgpt._C": "every op will take its reference", "fastgpt._bpe": "tokenizers will train in plain Python"}
 
 
 def skip(why: str, *names: str) -> None:
-    """One clear line; the package then runs without."""
+    """One clear line."""
     what = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} skipped"
     print(f"fastgpt: {what}: {why}; {' and '.join(INSTEAD[n] for n in names)}", file=sys.stderr)
 

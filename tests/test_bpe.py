@@ -61,7 +61,7 @@ CORPORA = {
 TEXTS = st.lists(st.text(max_size=40) | st.text("abé S's \n\r1", max_size=60), max_size=8)
 
 
-@pytest.fixture(params=["C++", pytest.param("Python", id="Python")])
+@pytest.fixture(params=["C++", "Python"])
 def trainer(request, monkeypatch):
     if request.param == "Python":
         monkeypatch.setattr(bpe, "_bpe", None)
@@ -147,6 +147,15 @@ def test_one_huge_word_takes_linear_time(word, merges):
     assert time.monotonic() - started < 20  # a merge that walks the whole word would take minutes
 
 
+@native
+def test_more_ids_than_two_bytes_hold():
+    text = letters(400_000)
+    tokenizer = Tokenizer.train([text], 70_000)
+    ids = tokenizer.encode(text)
+    assert max(ids) > 2**16
+    assert tokenizer.decode(ids) == text
+
+
 def test_progress_counts_merges(trainer):
     seen = []
     made = learn_merges([CORPORA["random"]], "gpt2", 100_000, BYTE_IDS, seen.append)
@@ -174,6 +183,13 @@ def test_errors_of_the_texts_and_of_progress_come_through(trainer):
 def test_no_other_pattern():
     with pytest.raises(UserError, match="no split pattern 'gpt4': it is gpt2 or cl100k"):
         Tokenizer.train(["some text"], 260, pattern="gpt4")
+
+
+def test_the_command_line_names_the_pattern(cli, corpus, tmp_path):
+    args = ["tokenizer", "train", "--input", corpus, "--vocab-size", 270, "--out", tmp_path, "--pattern", "cl100k"]
+    code, _, err = cli(*args)
+    assert code == 0, err
+    assert Tokenizer.from_pretrained(tmp_path).pattern == PATTERNS["cl100k"]
 
 
 # How text splits
