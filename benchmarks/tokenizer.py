@@ -5,7 +5,7 @@
 
 Both get the same texts, which are in memory before the clock starts, split them as GPT-2 does, and may use the same
 cores. They train in turn, each time in a new process. Peak memory is what training adds to the process's resident
-memory, texts not counted. Where pairs tie, tokenizers has another rule than ours, so the tokens are not all the same.
+memory, texts not counted. Both break ties alike, so all tokens should be the same; the last line says whether they are.
 """
 
 import json
@@ -141,7 +141,7 @@ def main() -> None:
         )
     console.print(f"{options.vocab_size:,} ids from {megabytes:.1f} MB of text, {cores()} cores, medians of rounds")
     console.print(table)
-    console.print(f"{shared:.1%} of the tokens are the same")
+    console.print(f"the same tokens: {shared:.2%}")
     if others is not None and others > 0.2:
         console.print(f"others took {others:.1f} cores meanwhile: measure again when the machine is quiet")
     if options.out is not None:

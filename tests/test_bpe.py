@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import regex
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt import Tokenizer, UserError, bpe
 from fastgpt.bpe import PATTERNS, character_classes, learn_merges
-from fastgpt.tokenizer import _FAST_PATTERN, BYTE_IDS
+from fastgpt.tokenizer import _FAST_PATTERN, BYTE_IDS, CHARACTER
 
 native = pytest.mark.skipif(bpe._bpe is None, reason="needs fastgpt._bpe")
 linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
@@ -133,6 +134,20 @@ def test_large_counts(in_python):
 def test_a_lone_surrogate_counts_as_a_question_mark(trainer):
     broken, mended = ["a\ud800é a\ud800é b?"], ["a?é a?é b?"]
     assert learn_merges(broken, "gpt2", 9, BYTE_IDS) == learn_merges(mended, "gpt2", 9, BYTE_IDS)
+
+
+@both_patterns
+def test_tokens_are_those_of_the_tokenizers_library(pattern):
+    texts = [Path(module.__file__).read_text() for module in (random, shutil, signal, subprocess)]
+    parts = tokenizers.pre_tokenizers
+    split = parts.Split(tokenizers.Regex(PATTERNS[pattern]), "isolated")
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = parts.Sequence([split, parts.ByteLevel(add_prefix_space=False, use_regex=False)])
+    alphabet = parts.ByteLevel.alphabet()
+    options = {"vocab_size": 5000, "min_frequency": 0, "initial_alphabet": alphabet, "show_progress": False}
+    theirs.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(**options))
+    ours = Tokenizer.train(texts, 5000, special_tokens=(), pattern=pattern).vocab
+    assert {"".join(CHARACTER[b] for b in token): i for token, i in ours.items()} == theirs.get_vocab()
 
 
 def letters(size):
@@ -275,8 +290,10 @@ def test_millions_of_spaces_before_a_word(pattern, text):
 
 # What only a process shows
 
+# A shell may start tests in the background with the signal ignored, which their processes would inherit.
 INTERRUPTED = """
-import itertools, random, sys
+import itertools, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from fastgpt.bpe import learn_merges
 from fastgpt.tokenizer import BYTE_IDS
 
@@ -318,7 +335,8 @@ def test_ctrl_c_stops_counting_at_once():
 
 
 TELLING = """
-import contextlib, sys
+import contextlib, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import fastgpt.cli.tokenizer as command
 from fastgpt.cli import main
 
