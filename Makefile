@@ -26,7 +26,7 @@ test: lint
 test-all: lint
 	$(VENV)/bin/python -m pytest -n 2 -m "slow or not slow"
 
-# The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The C++ kernels and the BPE trainer under AddressSanitizer and UndefinedBehaviorSanitizer.
 test-asan: setup
 	tests/asan.sh $(VENV)/bin/python
 

@@ -14,19 +14,22 @@ import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tiktoken
 
-from fastgpt.bpe import count_words, train_merges
+from fastgpt.bpe import PATTERNS, learn_merges
 from fastgpt.errors import UserError
 from fastgpt.files import atomic_write
 
-# How GPT-2 splits text into words before BPE (Radford et al. 2019).
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same splits without backtracking, which a million spaces in a row would overflow the stack of.
+GPT2_PATTERN, CL100K_PATTERN = PATTERNS["gpt2"], PATTERNS["cl100k"]
+# The same splits without backtracking, of which tiktoken bears a million steps a word. Of a run of white space the last
+# is left to the word behind it: \s+(?!\S) would step back through a long run; here a step goes over 200 characters.
+_WHITE_SPACE = r"\s++$|\s{1,200}(?=\s\S)|\s(?=\S)|(?:\s{200}(?=\s))++(?:\s(?=\s))*+"
 _FAST_PATTERN = {
-    GPT2_PATTERN: r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    GPT2_PATTERN: r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|" + _WHITE_SPACE,
+    CL100K_PATTERN: r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s*[\r\n]|" + _WHITE_SPACE,
 }
 END_OF_TEXT = "<|endoftext|>"
 
@@ -177,19 +180,24 @@ class Tokenizer:
         vocab_size: int,
         special_tokens: Sequence[str] = (END_OF_TEXT,),
         progress: Callable[[int], None] | None = None,
+        pattern: Literal["gpt2", "cl100k"] = "gpt2",
     ) -> "Tokenizer":
-        """Trains a BPE with GPT-2's split pattern.
+        """Trains a BPE, in C++ threads where the native trainer was built.
 
         Ids are the 256 bytes in GPT-2's order, then the merges, then the special tokens.
 
         Args:
             texts: read once, one at a time.
             vocab_size: all ids together.
-            progress: called after each merge with how many there are.
+            progress: called now and then while merging, and at its end, with how many merges there are.
+            pattern: how text is split into words: as GPT-2 does, or as GPT-4's cl100k does, which keeps numbers to
+                three digits and line ends with what is before them.
 
         Raises:
             UserError: `vocab_size` leaves no room, or the texts have too few pairs for so many.
         """
+        if pattern not in PATTERNS:
+            raise UserError(f"no split pattern {pattern!r}: it is {' or '.join(PATTERNS)}")
         least = 256 + len(special_tokens)
         if vocab_size < least:
             raise UserError(
@@ -197,7 +205,7 @@ class Tokenizer:
             )
         if len(set(special_tokens)) != len(special_tokens) or "" in special_tokens:
             raise UserError("special tokens must be different from each other and not empty")
-        merges = train_merges(count_words(texts, GPT2_PATTERN), vocab_size - least, BYTE_IDS, progress)
+        merges = learn_merges(texts, pattern, vocab_size - least, BYTE_IDS, progress)
         if len(merges) < vocab_size - least:
             raise UserError(
                 f"the text has only enough for {least + len(merges):,} ids, not for --vocab-size {vocab_size:,}: "
@@ -210,7 +218,7 @@ class Tokenizer:
             tokens.append(tokens[left] + tokens[right])
         vocab = {token: i for i, token in enumerate(tokens)}
         specials = {s: len(vocab) + i for i, s in enumerate(special_tokens)}
-        return cls(vocab, pairs, specials)
+        return cls(vocab, pairs, specials, PATTERNS[pattern])
 
     @classmethod
     def from_gpt2_files(cls, vocab_bpe: str | Path, encoder_json: str | Path) -> "Tokenizer":

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fastgpt
+from fastgpt import bpe
 from fastgpt.ops import implementations, registry
 
 
@@ -28,6 +29,7 @@ def info() -> None:
         console.print(f"cuda: no GPU seen (this torch is {built})")
     console.print(f"C++ compiler: {shutil.which('c++') or 'none'}; nvcc: {shutil.which('nvcc') or 'none'}")
     console.print(registry.extension_line())
+    console.print(bpe.trainer_line())
     table = Table("op", "device", "implementation", "why")
     for row in implementations():
         table.add_row(row.op, row.device, row.name, row.reason)

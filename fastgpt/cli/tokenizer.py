@@ -1,6 +1,7 @@
 """fastgpt tokenizer train, fastgpt tokenizer show"""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,7 @@ def train(
     exclude: str = "",
     text_key: str = "text",
     special_tokens: tuple[str, ...] = (END_OF_TEXT,),
+    pattern: Literal["gpt2", "cl100k"] = "gpt2",
     on_error: Literal["raise", "skip"] = "raise",
 ) -> None:
     """Train a byte-level BPE on text files.
@@ -34,6 +36,7 @@ def train(
         exclude: Patterns of names of files and folders to leave out, comma-separated.
         text_key: Field of a .jsonl line that holds the text.
         special_tokens: Tokens that no text makes by itself.
+        pattern: How text is split into words, which no token crosses: as GPT-2 does, or as GPT-4's cl100k does.
         on_error: What to do with a file that is no UTF-8 text.
     """
     if (out / "tokenizer.json").exists():
@@ -43,15 +46,13 @@ def train(
     skipped: list[str] = []
     size = files = 0
 
-    with counter(console, "reading", "files") as reading, counter(console, "merging", "merges") as merging:
+    def count(_: Path) -> None:
+        nonlocal files
+        files += 1
 
-        def count(_: Path) -> None:
-            nonlocal files
-            files += 1
-            reading(files)
-
-        def texts():  # type: ignore[no-untyped-def]
-            nonlocal size
+    def texts() -> Iterator[str]:
+        nonlocal size
+        with counter(console, "reading", "characters") as reading:
             for document in read_documents(
                 input,
                 include=include,
@@ -62,9 +63,11 @@ def train(
                 on_skip=skipped.append,
             ):
                 size += len(document.text)
+                reading(size)
                 yield document.text
 
-        tokenizer = Tokenizer.train(texts(), vocab_size, special_tokens, merging)
+    with counter(console, "merging", "merges", vocab_size - 256 - len(special_tokens)) as merging:
+        tokenizer = Tokenizer.train(texts(), vocab_size, special_tokens, merging, pattern)
     if not size:
         raise UserError(f"no text in {', '.join(map(str, input))}: the corpus is empty")
     tokenizer.save_pretrained(out)

@@ -56,14 +56,16 @@ def test_the_environment_variable_forces_the_reference():
 
 
 @pytest.mark.parametrize("broken", [None, b"not a library"])
-def test_without_the_extension_ops_take_their_references(tmp_path, broken):
+def test_without_the_extensions_all_runs_in_python(tmp_path, broken):
     shutil.copytree(ROOT / "fastgpt", tmp_path / "fastgpt", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     if broken:
-        (tmp_path / "fastgpt/_C.abi3.so").write_bytes(broken)
+        for name in ("_C", "_bpe"):
+            (tmp_path / f"fastgpt/{name}.abi3.so").write_bytes(broken)
     code = """
 import torch, fastgpt
-from fastgpt import ops, GPT, GPTConfig
+from fastgpt import bpe, ops, GPT, GPTConfig, Tokenizer
 print(fastgpt.__file__)
+print(len(Tokenizer.train(["ab ab"], 258).merges), bpe.trainer_line())
 x, w = torch.randn(2, 8, requires_grad=True), torch.ones(8)
 ops.layer_norm(x, w, w).sum().backward()
 model = GPT(GPTConfig.preset("micro"))
@@ -75,16 +77,28 @@ print(ops.implementations())
     assert str(tmp_path) in done.stdout
     assert "op='layer_norm', device='cpu', name='reference'" in done.stdout
     assert ("does not load" if broken else "was not built") in done.stdout
+    assert "1 BPE trainer: plain Python (" in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("env", "why"),
+    ("compiler", "absent", "lines"),
     [
-        ({"CXX": "/no/such/compiler"}, "no C++ compiler `/no/such/compiler`"),
-        ({"CXX": "false"}, "it did not compile"),
+        ("/no/such/compiler", None, ["fastgpt._C, fastgpt._bpe are skipped: no C++ compiler `/no/such/compiler`"]),
+        ("false", None, ["fastgpt._C is skipped: it did not compile", "fastgpt._bpe is skipped: it did not compile"]),
+        ("false", "torch", ["fastgpt._C is skipped: torch is not", "fastgpt._bpe is skipped: it did not compile"]),
+        (
+            "false",
+            "pybind11",
+            ["fastgpt._bpe is skipped: pybind11 is not", "fastgpt._C is skipped: it did not compile"],
+        ),
     ],
 )
-def test_no_compiler_skips_the_extension_with_one_line(tmp_path, env, why):
+def test_what_cannot_be_built_is_skipped_with_one_line(tmp_path, compiler, absent, lines):
+    env = {"CXX": compiler}
+    if absent:
+        (tmp_path / "absent").mkdir()
+        (tmp_path / f"absent/{absent}.py").write_text("raise ImportError")
+        env["PYTHONPATH"] = str(tmp_path / "absent")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "fastgpt"):
         source = ROOT / name
         if source.is_dir():
@@ -99,7 +113,7 @@ def test_no_compiler_skips_the_extension_with_one_line(tmp_path, env, why):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line for line in done.stderr.splitlines() if line.startswith("fastgpt: ")]
-    assert len(lines) == 1
-    assert f"the extension is skipped: {why}" in lines[0]
+    said = [line.removeprefix("fastgpt: ") for line in done.stderr.splitlines() if line.startswith("fastgpt: ")]
+    assert len(said) == len(lines)
+    assert all(line.startswith(start) for line, start in zip(said, lines, strict=True))
     assert not list(tmp_path.rglob("*.so"))
