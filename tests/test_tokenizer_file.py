@@ -6,6 +6,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from two_files import write_two_files
 
 from fastgpt import Tokenizer, UserError
 from fastgpt.tokenizer_file import spell
@@ -154,7 +155,7 @@ def mutated(data, content):
     content = copy.deepcopy(content)
     for _ in range(data.draw(st.integers(1, 3))):
         every = list(places(content))
-        shallow = [path for path in every if len(path) < 3 or "vocab" not in path and "merges" not in path]
+        shallow = [path for path in every if len(path) < 3 or ("vocab" not in path and "merges" not in path)]
         *parents, key = data.draw(st.sampled_from(shallow) | st.sampled_from(every))
         parent = content
         for name in parents:
@@ -175,13 +176,15 @@ def loads_or_is_refused(folder, path):
     try:
         tokenizer = Tokenizer.from_pretrained(folder)
     except UserError as error:
-        assert str(path) in str(error)
-        assert "\n" not in str(error)
-        assert len(str(error)) < len(str(path)) + 300
+        line = str(error)
     else:
         assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
         tokenizer.save_pretrained(folder)
         assert Tokenizer.from_pretrained(folder).hash == tokenizer.hash
+        return
+    assert str(path) in line
+    assert "\n" not in line
+    assert len(line) < len(str(path)) + 300
 
 
 @given(st.data())
@@ -212,13 +215,6 @@ def test_any_tokenizer_config_loads_or_is_refused_in_one_line(content, tmp_path_
     (folder / "tokenizer.json").write_text(json.dumps(content))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     loads_or_is_refused(folder, folder / "tokenizer_config.json")
-
-
-def write_two_files(tokenizer, folder, merges="vocab.bpe", vocab="encoder.json"):
-    pairs = [f"{spell(left)} {spell(right)}\n" for left, right in tokenizer.merges]
-    (folder / merges).write_text("#version: 0.2\n" + "".join(pairs))
-    ids = {spell(token): i for token, i in tokenizer.vocab.items()} | tokenizer.special_tokens
-    (folder / vocab).write_text(json.dumps(ids))
 
 
 @pytest.mark.parametrize("names", [("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json")])
