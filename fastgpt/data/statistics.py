@@ -44,17 +44,21 @@ class Shards:
         splits = {split: TokenDataset.open(folder, split) for split in meta["splits"]}
         tokenizer = Tokenizer.from_pretrained(folder)
         try:
-            same = (meta["tokenizer_hash"], meta["vocab_size"]) == (tokenizer.hash, tokenizer.vocab_size)
-            whole = all(part["documents"] > 0 and part["bytes"] > 0 for part in meta["splits"].values())
-        except (KeyError, TypeError):
-            whole = False
-        if not whole:
-            raise UserError(f"{folder / 'meta.json'} is damaged: prepare the data again")
+            same = meta["tokenizer_hash"] == tokenizer.hash
+            whole = (meta["vocab_size"], meta["eot_id"]) == (tokenizer.vocab_size, tokenizer.eot_id)
+            for name, data in splits.items():
+                part = meta["splits"][name]
+                whole &= len(data) == part["tokens"]
+                whole &= all(type(part[key]) is int and part[key] > 0 for key in ("documents", "bytes"))
+        except (KeyError, TypeError, IndexError):
+            raise UserError(f"{folder / 'meta.json'} is damaged: prepare the data again") from None
         if not same:
             raise UserError(
                 f"the tokenizer in {folder} is not the one that its shards were made with: "
                 "put that one's tokenizer.json there, or prepare the data again"
             )
+        if not whole:
+            raise UserError(f"{folder / 'meta.json'} is damaged: prepare the data again")
         return cls(folder, meta, tokenizer, splits)
 
     def split(self, name: str) -> TokenDataset:
@@ -232,7 +236,7 @@ def draw_lengths(lengths: Lengths, path: Path, title: str) -> None:
         raise UserError(f"--out must end in .png, got {path}")
     if path.exists():
         raise UserError(f"{path} exists already and is not overwritten: remove it or choose another name")
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     edges = 2.0 ** np.arange(len(lengths.counts) + 1)
     axes.stairs(lengths.counts, edges, fill=True, color="#9ecae1", edgecolor="white")
@@ -243,7 +247,8 @@ def draw_lengths(lengths: Lengths, path: Path, title: str) -> None:
     first = next(i for i, count in enumerate(lengths.counts) if count)
     axes.set_xlim(edges[first], edges[-1])
     axes.set(xlabel="tokens in a document", ylabel="documents", title=title)
-    axes.legend()
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
     content = BytesIO()
-    figure.savefig(content, format="png", dpi=150)
+    figure.savefig(content, format="png")
     atomic_write(path, content.getvalue())
