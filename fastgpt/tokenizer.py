@@ -36,12 +36,11 @@ from fastgpt.tokenizer_file import (
 
 # How GPT-2 splits text into words before BPE (Radford et al. 2019).
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same splits without backtracking, which a million spaces in a row would overflow the stack of: spaces up to the
-# text's end, else all of a run but the last, by the thousand, else one.
-_LAST_SPACES = r"\s+(?!\S)|\s+"
-_FAST_LAST_SPACES = r"\s++$|(?>(?:\s(?=\s)){1,1000})++|\s"
+# The same splits without backtracking, of which tiktoken bears a million steps a word. Of a run of white space the last
+# is left to the word behind it: \s+(?!\S) would step back through a long run; here a step goes over 200 characters.
+_WHITE_SPACE = r"\s++$|\s{1,200}(?=\s\S)|\s(?=\S)|(?:\s{200}(?=\s))++(?:\s(?=\s))*+"
 _FAST_PATTERN = {
-    GPT2_PATTERN: r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|" + _LAST_SPACES,
+    GPT2_PATTERN: r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|" + _WHITE_SPACE,
 }
 # A split pattern must take all of this, and so, as far as it can be told from one text, all of any text.
 _PROBE = "It's 10\u00bd \t\r\n\n  naïve e\u0301 数学 'LL __x__ \0\x7f\u200d\ufeff\ue000😀<|>\u3000 "
@@ -83,41 +82,11 @@ class Tokenizer:
         self.pattern = pattern
         _check_specials(special_tokens, vocab)
         self._bytes = _by_id([*vocab.items(), *((s.encode(), i) for s, i in special_tokens.items())])
-        singles = [bytes([b]) for b in range(256)]
-        if missing := [f"0x{token.hex()}" for token in singles if token not in vocab]:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise UserError(f"no token for the single byte {', '.join(missing[:3])}{more}: this is no byte-level BPE")
-        if b"" in vocab:
-            raise UserError("a token is empty")
-        by_rank = sorted(singles, key=vocab.__getitem__)
-        made = set(singles)
-        for left, right in self.merges:
-            if left + right not in vocab or not made >= {left, right}:
-                raise UserError(
-                    f"the merge of {short(left)} and {short(right)} names a token that is not in the vocabulary, "
-                    "or that only a later merge makes"
-                )
-            if left + right in made:
-                raise UserError(f"two merges make the same token {short(left + right)}")
-            made.add(left + right)
-            by_rank.append(left + right)
+        by_rank = _by_rank(vocab, self.merges)
         specials = sorted(special_tokens, key=special_tokens.__getitem__)
         ids = [vocab[token] for token in by_rank] + [special_tokens[s] for s in specials]
         self._ids = None if ids == list(range(len(ids))) else ids  # rank -> id, where they differ
-        try:
-            pieces = [match[0] for match in regex.finditer(pattern, _PROBE)]
-            self._encoding = tiktoken.Encoding(
-                "fastgpt",
-                pat_str=_FAST_PATTERN.get(pattern, pattern).replace(_LAST_SPACES, _FAST_LAST_SPACES),
-                mergeable_ranks={token: rank for rank, token in enumerate(by_rank)},
-                special_tokens={s: len(by_rank) + i for i, s in enumerate(specials)},
-            )
-        except (regex.error, ValueError) as error:
-            raise UserError(
-                f"the split pattern {short(pattern)} cannot be read: {' '.join(str(error).split())}"
-            ) from None
-        if "" in pieces or "".join(pieces) != _PROBE:
-            raise UserError(f"the split pattern {short(pattern)} leaves out a part of the text")
+        self._encoding = _encoding(pattern, by_rank, specials)
 
     @property
     def vocab_size(self) -> int:
@@ -333,6 +302,46 @@ def _by_id(tokens: list[tuple[bytes, Any]]) -> dict[int, bytes]:
         if found.setdefault(token_id, token) != token:
             raise UserError(f"two tokens have the same id {token_id}: {short(found[token_id])} and {short(token)}")
     return found
+
+
+def _by_rank(vocab: dict[bytes, int], merges: list[tuple[bytes, bytes]]) -> list[bytes]:
+    """The 256 bytes in the order of their ids, then what each merge makes."""
+    singles = [bytes([b]) for b in range(256)]
+    if missing := [f"0x{token.hex()}" for token in singles if token not in vocab]:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"no token for the single byte {', '.join(missing[:3])}{more}: this is no byte-level BPE")
+    if b"" in vocab:
+        raise UserError("a token is empty")
+    by_rank, made = sorted(singles, key=vocab.__getitem__), set(singles)
+    for left, right in merges:
+        token = left + right
+        if token not in vocab or left not in made or right not in made:
+            raise UserError(
+                f"the merge of {short(left)} and {short(right)} names a token that is not in the vocabulary, "
+                "or that only a later merge makes"
+            )
+        if token in made:
+            raise UserError(f"two merges make the same token {short(token)}")
+        made.add(token)
+        by_rank.append(token)
+    return by_rank
+
+
+def _encoding(pattern: str, by_rank: list[bytes], specials: list[str]) -> tiktoken.Encoding:
+    try:
+        pieces = [match[0] for match in regex.finditer(pattern, _PROBE)]
+        encoding = tiktoken.Encoding(
+            "fastgpt",
+            pat_str=_FAST_PATTERN.get(pattern) or pattern.replace(r"\s+(?!\S)|\s+", _WHITE_SPACE),
+            mergeable_ranks={token: rank for rank, token in enumerate(by_rank)},
+            special_tokens={s: len(by_rank) + i for i, s in enumerate(specials)},
+        )
+    except (regex.error, ValueError) as error:
+        message = " ".join(str(error).split())  # one line
+        raise UserError(f"the split pattern {short(pattern)} cannot be read: {message}") from None
+    if "" in pieces or "".join(pieces) != _PROBE:
+        raise UserError(f"the split pattern {short(pattern)} leaves out a part of the text")
+    return encoding
 
 
 class StreamDecoder:

@@ -138,22 +138,24 @@ def _field(where: Any, name: str, kind: type[T], path: Path, default: T | None =
 def _tokens(vocab: Json, merges: list[tuple[bytes, bytes]], specials: dict[str, int], path: Path) -> dict[bytes, int]:
     """The ordinary tokens of a vocabulary. Special ones stand in it too, as they are and not spelled in bytes: they are
     left out, unless a merge makes the same, which the tokenizer then refuses."""
-    ordinary = {*CHARACTER, *(spell(left + right) for left, right in merges)}
+    ordinary = {bytes([b]) for b in range(256)} | {left + right for left, right in merges}
     tokens = {}
     for token, token_id in vocab.items():
-        if token in specials and token_id != specials[token]:
-            raise UserError(
-                f"{path}: the special token {short(token)} has the id {short(specials[token])}, "
-                f"and {short(token_id)} in the vocabulary"
-            )
-        if token not in specials or token in ordinary:
-            try:
-                tokens[unspell(token)] = token_id
-            except KeyError as error:
+        if token in specials:
+            if token_id != specials[token]:
                 raise UserError(
-                    f"{path}: the character {error} of the token {short(token)} stands for no byte: "
-                    "this is no byte-level BPE"
-                ) from None
+                    f"{path}: the special token {short(token)} has the id {short(specials[token])}, "
+                    f"and {short(token_id)} in the vocabulary"
+                )
+            if not BYTE.keys() >= set(token) or unspell(token) not in ordinary:
+                continue
+        try:
+            tokens[unspell(token)] = token_id
+        except KeyError as error:
+            raise UserError(
+                f"{path}: the character {error} of the token {short(token)} stands for no byte: "
+                "this is no byte-level BPE"
+            ) from None
     return tokens
 
 

@@ -110,3 +110,17 @@ def test_a_megabyte_of_one_character(unit, tmp_path):
         text = unit * (1_000_000 // len(unit.encode())) + end
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert time.monotonic() - started < 30  # quadratic would take hours
+
+
+def test_a_megabyte_of_spaces_under_another_split_pattern(tmp_path):
+    """The engine bears only so many steps back, and \\s+(?!\\S) takes one for each space."""
+    base = trained(tmp_path)
+    tokenizer = Tokenizer(base.vocab, base.merges, {}, r"[^\s\p{L}]?\p{L}+|[^\s\p{L}]+|\s+(?!\S)|\s+")
+    for n in (1, 2, 3, 199, 200, 201, 202, 400, 401, 1_000_000):
+        for end in ("", "a", "1"):
+            text = " " * n + end
+            ids = tokenizer.encode(text)
+            assert tokenizer.decode(ids) == text
+            if n < 1000:
+                pieces = regex.findall(tokenizer.pattern, text)
+                assert ids == [i for piece in pieces for i in tokenizer.encode(piece)]

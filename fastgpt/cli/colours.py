@@ -19,18 +19,19 @@ def has_colours(console: Console) -> bool:
 def token_text(tokenizer: Tokenizer, ids: Iterable[int], console: Console) -> Text:
     """The tokens one after another; a line ends behind each that ends one."""
     coloured, text = has_colours(console), Text()
-    specials = tokenizer.special_tokens.values()
+    specials = set(tokenizer.special_tokens.values())
+    line_starts = True
     for n, token_id in enumerate(ids):
         token = tokenizer.token_bytes(token_id)
         style = _COLOURS[n % len(_COLOURS)] if coloured else ""
-        if not coloured and n and not text.plain.endswith("\n"):
+        if not coloured and not line_starts:
             text.append(BAR)
         if token_id in specials:
             text.append(token.decode(), f"{style} bold reverse")
         else:
             for piece in visible(token):
                 text.append(piece.shown, f"{style} dim" if piece.stands_for else style)
-        if b"\n" in token:
+        if line_starts := b"\n" in token:
             text.append("\n")
     text.rstrip()
     return text

@@ -123,7 +123,7 @@ def _statistics(shards: Shards, tokens: TokenDataset, out: Path | None, console:
         f"tokenizer: {meta['vocab_size']:,} ids, hash {meta['tokenizer_hash'][:12]}, the folder's own; "
         f"end of text is {meta['eot_id']}"
     )
-    table = Table("split", "documents", "tokens", "bytes", "bytes per token", "shards")
+    table = Table("split", "documents", "tokens", "bytes", "bytes/token", "shards")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, part in meta["splits"].items():
@@ -137,10 +137,12 @@ def _statistics(shards: Shards, tokens: TokenDataset, out: Path | None, console:
     )
     for line in length_bars(lengths):
         console.print(line)
-    part = "" if counts.tokens == len(tokens) else f"{counts.tokens:,}, in {counts.blocks} evenly spread pieces, of "
+    among, pieces = "", ""
+    if counts.tokens < len(tokens):
+        among, pieces = f"{counts.tokens:,} of ", f", read in {counts.blocks} evenly spread pieces"
     console.print(
         f"\n{counts.used:,} of {meta['vocab_size']:,} ids ({counts.used / meta['vocab_size']:.1%}) occur among "
-        f"{part}the {len(tokens):,} tokens of {tokens.split}"
+        f"{among}the {len(tokens):,} tokens of {tokens.split}{pieces}"
     )
     console.print(frequency_table(shards.tokenizer, counts.most_frequent(10), counts.tokens))
     if out is not None:

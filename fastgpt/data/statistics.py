@@ -19,7 +19,7 @@ from fastgpt.tokenizer import Tokenizer
 
 BLOCK = 2**20  # documents or tokens read at a time
 TOKEN_BLOCKS = 128  # blocks in which tokens are counted, at the most: some seconds
-SAMPLED_LENGTHS = 10_000_000  # lengths that the median is of, at the most
+SAMPLED_LENGTHS = 1_000_000  # lengths that the median is of, at the most
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
