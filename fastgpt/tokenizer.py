@@ -14,7 +14,6 @@ import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any
 
 import regex
@@ -30,6 +29,7 @@ from fastgpt.tokenizer_file import (
     TokenizerFile,
     read_tokenizer,
     read_two_files,
+    short,
     spell,
     unspell,
 )

@@ -7,7 +7,7 @@ is refused by name: ids that differ from the file's author's would be worse than
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as short
+from reprlib import Repr
 from typing import Any, TypeVar
 
 from fastgpt.errors import UserError
@@ -18,6 +18,10 @@ TWO_FILES = (("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json"))
 
 T = TypeVar("T")
 Json = dict[str, Any]
+
+_repr = Repr()
+_repr.maxlevel = 1
+short = _repr.repr  # of anything that a file may hold, so that it fits into a line
 
 
 def _byte_characters() -> list[str]:
@@ -204,8 +208,8 @@ def _chat_template(folder: Path) -> str | None:
         return None
     template = _read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0].get("template") if named else None
     return template if isinstance(template, str) else None
 
 
