@@ -27,10 +27,9 @@ def token_text(tokenizer: Tokenizer, ids: Iterable[int], console: Console) -> Te
         if not coloured and not line_starts:
             text.append(BAR)
         if token_id in specials:
-            text.append(token.decode(), f"{style} bold reverse")
-        else:
-            for piece in visible(token):
-                text.append(piece.shown, f"{style} dim" if piece.stands_for else style)
+            style += " bold reverse"
+        for piece in visible(token):
+            text.append(piece.shown, f"{style} dim" if piece.stands_for else style)
         if line_starts := b"\n" in token:
             text.append("\n")
     text.rstrip()
