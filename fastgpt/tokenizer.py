@@ -16,11 +16,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import regex
 import tiktoken
 
 from fastgpt.bpe import PATTERNS, learn_merges
 from fastgpt.errors import UserError
 from fastgpt.files import atomic_write
+from fastgpt.tokenizer_file import (
+    BYTE,
+    CHARACTER,
+    END_OF_TEXT,
+    TokenizerFile,
+    read_tokenizer,
+    read_two_files,
+    short,
+    spell,
+    unspell,
+)
 
 GPT2_PATTERN, CL100K_PATTERN = PATTERNS["gpt2"], PATTERNS["cl100k"]
 # The same splits without backtracking, of which tiktoken bears a million steps a word. Of a run of white space the last
@@ -31,22 +43,10 @@ _FAST_PATTERN = {
     CL100K_PATTERN: r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s*[\r\n]|" + _WHITE_SPACE,
 }
-END_OF_TEXT = "<|endoftext|>"
-
-
-def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in vocab.bpe and tokenizer.json.
-
-    Bytes that are printable in Latin-1 stand for themselves; the others take the characters from U+0100 on, in order.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    characters = {b: chr(b) for b in printable} | {b: chr(0x100 + i) for i, b in enumerate(others)}
-    return [characters[b] for b in range(256)]
-
-
-CHARACTER = _byte_characters()
-BYTE = {character: byte for byte, character in enumerate(CHARACTER)}
+# A split pattern must take all of this, and so, as far as it can be told from one text, all of any text.
+_PROBE = "It's 10\u00bd \t\r\n\n  naïve e\u0301 数学 'LL __x__ \0\x7f\u200d\ufeff\ue000😀<|>\u3000 "
+# No vocabulary comes near it, and a model's embedding with so many rows would fill any memory.
+_MOST_IDS = 2**24
 # GPT-2 numbers the 256 bytes by their characters.
 BYTE_IDS = [sorted(CHARACTER).index(character) for character in CHARACTER]
 
@@ -63,6 +63,9 @@ class Tokenizer:
         pattern: how text is split into words; merges never cross one.
         chat_template: Jinja source that turns a dialogue into text (`fastgpt.template`), if it has one; it decides no
             text's ids and is not part of `hash`.
+
+    Raises:
+        UserError: what would not encode every text, or would not be the same when saved and read again.
     """
 
     def __init__(
@@ -78,29 +81,13 @@ class Tokenizer:
         self.merges = list(merges)
         self.special_tokens = special_tokens
         self.pattern = pattern
-        self._bytes = {i: token for token, i in vocab.items()} | {i: s.encode() for s, i in special_tokens.items()}
-        if len(self._bytes) != len(vocab) + len(special_tokens):
-            raise ValueError("two tokens have the same id")
-        missing = [b for b in range(256) if bytes([b]) not in vocab]
-        if missing:
-            raise ValueError(f"the token of the single byte 0x{missing[0]:02x} is missing")
-        by_rank = sorted((bytes([b]) for b in range(256)), key=vocab.__getitem__)
-        for left, right in self.merges:
-            if left not in vocab or right not in vocab or left + right not in vocab:
-                raise ValueError(f"the merge of {left!r} and {right!r} names a token that is not in the vocabulary")
-            by_rank.append(left + right)
-        ranks = {token: rank for rank, token in enumerate(by_rank)}
-        if len(ranks) != len(by_rank):
-            raise ValueError("two merges make the same token")
+        _check_specials(special_tokens, vocab)
+        self._bytes = _by_id([*vocab.items(), *((s.encode(), i) for s, i in special_tokens.items())])
+        by_rank = _by_rank(vocab, self.merges)
         specials = sorted(special_tokens, key=special_tokens.__getitem__)
         ids = [vocab[token] for token in by_rank] + [special_tokens[s] for s in specials]
         self._ids = None if ids == list(range(len(ids))) else ids  # rank -> id, where they differ
-        self._encoding = tiktoken.Encoding(
-            "fastgpt",
-            pat_str=_FAST_PATTERN.get(pattern, pattern),
-            mergeable_ranks=ranks,
-            special_tokens={s: len(by_rank) + i for i, s in enumerate(specials)},
-        )
+        self._encoding = _encoding(pattern, by_rank, specials)
 
     @property
     def vocab_size(self) -> int:
@@ -126,10 +113,11 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
-        """The ids of a text.
+        """The ids of a text. A lone surrogate, which is no character, becomes U+FFFD.
 
         Args:
             allowed_special: special tokens that may be made where the text spells them; otherwise it is plain text.
+                Where one begins like another, the longest is made.
 
         Raises:
             UserError: a name in `allowed_special` is no special token.
@@ -138,9 +126,12 @@ class Tokenizer:
             if unknown := set(allowed_special) - set(self.special_tokens):
                 have = ", ".join(self.special_tokens) or "none"
                 raise UserError(f"{min(unknown)} is no special token of this tokenizer: it has {have}")
-            ranks = self._encoding.encode(text, allowed_special=set(allowed_special), disallowed_special=())
-        else:
-            ranks = self._encoding.encode_ordinary(text)
+            longest_first = sorted(allowed_special, key=len, reverse=True)
+            parts = regex.split(f"({'|'.join(map(regex.escape, longest_first))})", text)  # every second is special
+            return [
+                i for n, part in enumerate(parts) for i in ([self.special_tokens[part]] if n % 2 else self.encode(part))
+            ]
+        ranks = self._encoding.encode_ordinary(text)
         return ranks if self._ids is None else [self._ids[r] for r in ranks]
 
     def encode_batch(self, texts: list[str], threads: int = 2) -> list[list[int]]:
@@ -227,52 +218,27 @@ class Tokenizer:
         Raises:
             UserError: a file is missing or is not what it should be.
         """
-        vocab = _read_json(Path(encoder_json))
-        lines = _read_text(Path(vocab_bpe)).split("\n")
-        merges = [line for line in lines if line and not line.startswith("#version")]
-        return _build(
-            cls, vocab, merges, {s: vocab[s] for s in (END_OF_TEXT,) if s in vocab}, GPT2_PATTERN, encoder_json
-        )
+        return cls._from_file(read_two_files(Path(vocab_bpe), Path(encoder_json)))
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
-        """Reads the `tokenizer.json` of a byte-level BPE: a folder that holds one, or the file.
+        """Reads a byte-level BPE: a `tokenizer.json` or a folder that holds one, or that holds GPT-2's two files.
 
-        The chat template is read from beside it: `chat_template.jinja`, else `tokenizer_config.json`'s.
+        The two are vocab.bpe and encoder.json, or merges.txt and vocab.json. The chat template is read from beside
+        them: `chat_template.jinja`, else `tokenizer_config.json`'s.
 
         Raises:
             UserError: it is missing or damaged, or something in it is not computed here; names the file and the field.
         """
-        path = Path(path)
-        if path.is_dir() or path.suffix != ".json":
-            if not (path / "tokenizer.json").is_file():
-                raise UserError(
-                    f"no tokenizer at {path}: there is no tokenizer.json; train one with `fastgpt tokenizer train`"
-                )
-            path = path / "tokenizer.json"
-        content = _read_json(path)
-        model = content.get("model")
-        if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
-            raise UserError(
-                f"{path}: the model's type is {(model or {}).get('type')!r}, only a byte-level BPE can be loaded"
-            )
-        for field, value in (("normalizer", content.get("normalizer")), ("dropout", model.get("dropout"))):
-            if value:
-                kind = value.get("type", value) if isinstance(value, dict) else value
-                raise UserError(f"{path}: {field} is {kind!r}, only none can be loaded")
-        for field in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(field):
-                raise UserError(f"{path}: {field} is {model[field]!r}, only a byte-level BPE without it can be loaded")
-        specials = {}
-        for token in content.get("added_tokens") or []:
-            if not token.get("special"):
-                raise UserError(
-                    f"{path}: the added token {token.get('content')!r} is not special, which cannot be loaded"
-                )
-            specials[token["content"]] = token["id"]
-        tokenizer = _build(cls, model["vocab"], model["merges"], specials, _split_pattern(content, path), path)
-        tokenizer.chat_template = _chat_template(path.parent)
-        return tokenizer
+        return cls._from_file(read_tokenizer(Path(path)))
+
+    @classmethod
+    def _from_file(cls, file: TokenizerFile) -> "Tokenizer":
+        pattern = file.pattern or GPT2_PATTERN
+        try:
+            return cls(file.vocab, file.merges, file.special_tokens, pattern, file.chat_template)
+        except UserError as error:
+            raise UserError(f"{file.source}: {error}") from None
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json (with the chat template); transformers' AutoTokenizer then
@@ -283,7 +249,7 @@ class Tokenizer:
         if self.pattern != GPT2_PATTERN:
             split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
             pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, {**byte_level, "use_regex": False}]}
-        vocab = {_spell(token): i for token, i in self.vocab.items()} | self.special_tokens
+        vocab = {spell(token): i for token, i in self.vocab.items()} | self.special_tokens
         specials = sorted(self.special_tokens.items(), key=lambda item: item[1])
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         content = {
@@ -304,7 +270,7 @@ class Tokenizer:
                 "fuse_unk": False,
                 "byte_fallback": False,
                 "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
-                "merges": [f"{_spell(left)} {_spell(right)}" for left, right in self.merges],
+                "merges": [f"{spell(left)} {spell(right)}" for left, right in self.merges],
             },
         }
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -318,75 +284,70 @@ class Tokenizer:
         atomic_write(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=1) + "\n")
 
 
-def _spell(token: bytes) -> str:
-    return "".join(CHARACTER[b] for b in token)
+def _check_specials(special_tokens: dict[str, int], vocab: dict[bytes, int]) -> None:
+    for name in special_tokens:
+        try:
+            ordinary = name.encode() in vocab or (BYTE.keys() >= set(name) and unspell(name) in vocab)
+        except UnicodeEncodeError:
+            raise UserError(f"the special token {short(name)} is no text: it has a lone surrogate") from None
+        if not name:
+            raise UserError("a special token is empty")
+        if ordinary:
+            raise UserError(f"the special token {short(name)} is an ordinary token too")
 
 
-def _unspell(token: str) -> bytes:
-    return bytes(BYTE[character] for character in token)
+def _by_id(tokens: list[tuple[bytes, Any]]) -> dict[int, bytes]:
+    """Token by id; refuses what is no id, or is the id of two."""
+    found: dict[int, bytes] = {}
+    for token, token_id in tokens:
+        if type(token_id) is not int or not 0 <= token_id < _MOST_IDS:
+            raise UserError(
+                f"the token {short(token)} has the id {short(token_id)}: "
+                f"ids are whole numbers from 0 to {_MOST_IDS - 1:,}"
+            )
+        if found.setdefault(token_id, token) != token:
+            raise UserError(f"two tokens have the same id {token_id}: {short(found[token_id])} and {short(token)}")
+    return found
 
 
-def _build(
-    cls: type[Tokenizer], vocab: Any, merges: Any, specials: dict[str, int], pattern: str, source: str | Path
-) -> Tokenizer:
-    """A tokenizer from tokens as files spell them; anything wrong with them is the file's fault."""
+def _by_rank(vocab: dict[bytes, int], merges: list[tuple[bytes, bytes]]) -> list[bytes]:
+    """The 256 bytes in the order of their ids, then what each merge makes."""
+    singles = [bytes([b]) for b in range(256)]
+    if missing := [f"0x{token.hex()}" for token in singles if token not in vocab]:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"no token for the single byte {', '.join(missing[:3])}{more}: this is no byte-level BPE")
+    if b"" in vocab:
+        raise UserError("a token is empty")
+    by_rank, made = sorted(singles, key=vocab.__getitem__), set(singles)
+    for left, right in merges:
+        token = left + right
+        if token not in vocab or left not in made or right not in made:
+            raise UserError(
+                f"the merge of {short(left)} and {short(right)} names a token that is not in the vocabulary, "
+                "or that only a later merge makes"
+            )
+        if token in made:
+            raise UserError(f"two merges make the same token {short(token)}")
+        made.add(token)
+        by_rank.append(token)
+    return by_rank
+
+
+def _encoding(pattern: str, by_rank: list[bytes], specials: list[str]) -> tiktoken.Encoding:
     try:
-        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-        tokens = {_unspell(token): i for token, i in vocab.items() if token not in specials}
-        return cls(tokens, [(_unspell(left), _unspell(right)) for left, right in pairs], specials, pattern)
-    except KeyError as error:
-        raise UserError(f"{source}: the character {error} stands for no byte: this is no byte-level BPE") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{source} is no byte-level BPE that can be loaded: {error}") from None
-
-
-def _split_pattern(content: dict[str, Any], path: Path) -> str:
-    """The split pattern of a tokenizer.json's pre_tokenizer."""
-    pre = content.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
-    kinds = [step.get("type") for step in steps]
-    if not kinds or kinds[-1] != "ByteLevel" or kinds[:-1] not in ([], ["Split"]):
-        raise UserError(f"{path}: pre_tokenizer is {' + '.join(map(str, kinds)) or None}, only ByteLevel can be loaded")
-    if steps[-1].get("add_prefix_space", True):
-        raise UserError(f"{path}: pre_tokenizer.add_prefix_space is True, only False can be loaded")
-    by_byte_level = steps[-1].get("use_regex", True)
-    if kinds == ["ByteLevel"] and by_byte_level:
-        return GPT2_PATTERN
-    pattern = steps[0].get("pattern", {}).get("Regex")
-    if by_byte_level or pattern is None or steps[0].get("behavior") != "Isolated" or steps[0].get("invert"):
-        raise UserError(f"{path}: pre_tokenizer is no single split by a regular expression, which cannot be loaded")
-    return pattern
-
-
-def _chat_template(folder: Path) -> str | None:
-    """The chat template of a tokenizer's folder; of several that have names, the default one."""
-    if (folder / "chat_template.jinja").is_file():
-        return _read_text(folder / "chat_template.jinja")
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    template = _read_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):
-        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: give the path of a tokenizer's file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: it is no JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it is no JSON object")
-    return content
+        pieces = [match[0] for match in regex.finditer(pattern, _PROBE)]
+        encoding = tiktoken.Encoding(
+            "fastgpt",
+            pat_str=_FAST_PATTERN.get(pattern) or pattern.replace(r"\s+(?!\S)|\s+", _WHITE_SPACE),
+            mergeable_ranks={token: rank for rank, token in enumerate(by_rank)},
+            special_tokens={s: len(by_rank) + i for i, s in enumerate(specials)},
+        )
+    except (regex.error, ValueError) as error:
+        message = " ".join(str(error).split())  # one line
+        raise UserError(f"the split pattern {short(pattern)} cannot be read: {message}") from None
+    if "" in pieces or "".join(pieces) != _PROBE:
+        raise UserError(f"the split pattern {short(pattern)} leaves out a part of the text")
+    return encoding
 
 
 class StreamDecoder:

@@ -1,34 +1,21 @@
-import json
-import time
 from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fastgpt import Tokenizer, UserError
-from fastgpt.tokenizer import BYTE_IDS, GPT2_PATTERN, StreamDecoder
+from fastgpt.tokenizer import BYTE_IDS
 
-GPT2 = Path(__file__).parents[1].parent / "shared/data/gpt2"
-needs_gpt2 = pytest.mark.skipif(not GPT2.exists(), reason="needs GPT-2's vocab.bpe and encoder.json")
 # Without any special token spelled out: transformers would make the token of it.
 TEXT = Path(__file__).read_text().replace("<", "{") + "Größe naïve 数学 数字 😀 'll we've 3.14159  \t\r\n\n\n  end " * 5
-TORTURE = [
+HARD = [
     "",
-    " ",
-    "\n\n \n\t x",
-    "  two  spaces  ",
-    "\r\n\r\nCRLF\r\n",
+    "  two  spaces  \n\n \n\t x\r\n\r\nCRLF\r\n",
     "'s 'S 'll 'LL don't DON'T ''s",
-    "١٢٣ ⅷ ² ½ 1e-5 0x1F",
+    "١٢٣ ⅷ ² ½ 1e-5 0x1F 12345",
     "e\u0301 \u00e9 \u0301 \u200d\u200b\ufeff\u00a0x\u3000y\u2028z\u0085w",
-    "👩‍👩‍👧‍👦🏳️‍🌈 🇩🇪 ☎️",
-    "नमस्ते สวัสดี مرحبا שלום 안녕하세요 你好",
-    "\x00\x01\x7f\x80\xff",
-    "<|endoftext|> <|endoftext|",
-    "\U0010ffff \ud7ff \ue000",
-    "a" * 1000 + " " * 1000 + "\n" * 1000,
+    "👩‍👩‍👧‍👦 नमस्ते สวัสดี مرحبا 안녕하세요 你好",
+    "a" * 1000 + " " * 1000 + "\n" * 1000 + "\x00\x7f\U0010ffff",
 ]
 
 
@@ -37,27 +24,12 @@ def trained():
     return Tokenizer.train([TEXT], vocab_size=500, special_tokens=("<|endoftext|>", "<|user|>"))
 
 
-@pytest.fixture(scope="session")
-def gpt2():
-    return Tokenizer.from_gpt2_files(GPT2 / "vocab.bpe", GPT2 / "encoder.json")
-
-
 def hf(tokenizer, folder):
     """The same tokenizer as transformers and as the tokenizers library read it from the disk."""
     from transformers import AutoTokenizer
 
     tokenizer.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-
-@pytest.fixture(scope="session")
-def trained_hf(trained, tmp_path_factory):
-    return hf(trained, tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture(scope="session")
-def gpt2_hf(gpt2, tmp_path_factory):
-    return hf(gpt2, tmp_path_factory.mktemp("gpt2"))
 
 
 def test_ids_are_bytes_then_merges_then_specials(trained):
@@ -70,68 +42,9 @@ def test_ids_are_bytes_then_merges_then_specials(trained):
     assert len(trained.encode(TEXT)) < 0.6 * len(TEXT.encode())
 
 
-@pytest.mark.parametrize("text", TORTURE)
-def test_round_trip_and_the_same_ids_in_transformers(text, trained, trained_hf):
-    auto, plain = trained_hf
-    ids = trained.encode(text)
-    assert trained.decode(ids) == text
-    assert trained.encode_batch([text, text]) == [ids, ids]
-    if "<|" not in text:  # there transformers makes the special token; we do so only when asked
-        assert auto(text)["input_ids"] == ids == plain.encode(text).ids
-        assert auto.decode(ids) == text
-
-
-@needs_gpt2
-@pytest.mark.parametrize("text", [t for t in TORTURE if "<|" not in t])
-def test_gpt2_gives_the_same_ids_in_transformers(text, gpt2, gpt2_hf):
-    ids = gpt2.encode(text)
-    assert gpt2.decode(ids) == text
-    assert gpt2_hf[0](text)["input_ids"] == ids == gpt2_hf[1].encode(text).ids
-
-
-@given(st.text(max_size=80) | st.text("ab 's\n\t0é数😀", max_size=80))
-@settings(max_examples=300, deadline=None)
-def test_any_text_round_trips_and_agrees_with_the_tokenizers_library(trained, trained_hf, text):
-    ids = trained.encode(text)
-    assert trained.decode(ids) == text
-    if not any(special in text for special in trained.special_tokens):
-        assert trained_hf[1].encode(text).ids == ids
-
-
-@needs_gpt2
-@given(st.text(max_size=80) | st.text("abetionsr 's\n\t0é数😀", max_size=120))
-@settings(max_examples=200, deadline=None)
-def test_gpt2_agrees_with_the_tokenizers_library(gpt2, gpt2_hf, text):
-    assert gpt2_hf[1].encode(text).ids == gpt2.encode(text)
-
-
-@needs_gpt2
-def test_gpt2s_published_facts(gpt2):
-    assert gpt2.vocab_size == 50257
-    assert gpt2.eot_id == 50256
-    assert gpt2.encode("Hello, world!") == [15496, 11, 995, 0]
-    shakespeare = GPT2.parent / "tiny_shakespeare.txt"
-    if shakespeare.exists():
-        text = shakespeare.read_text().rstrip("\n") + "\n"
-        assert len(gpt2.encode(text)) == 301_966 + 36_059  # what nanoGPT's data/shakespeare says of this text
-        assert gpt2.decode(gpt2.encode(text)) == text
-
-
 def test_all_bytes_decode_and_broken_utf8_is_replaced(trained):
     assert trained.decode_bytes(BYTE_IDS) == bytes(range(256))
     assert trained.decode([BYTE_IDS[0xFF], BYTE_IDS[65]]) == "\ufffdA"
-
-
-def test_a_lone_surrogate_does_not_crash(trained):
-    assert trained.decode(trained.encode("a\ud800b")) == "a\ufffdb"
-
-
-@pytest.mark.parametrize("character", [" ", "a", "\n", "\u00e9", "!"])
-def test_a_million_of_one_character(trained, character):
-    started = time.monotonic()
-    ids = trained.encode(character * 1_000_000)
-    assert trained.decode(ids) == character * 1_000_000
-    assert time.monotonic() - started < 60  # quadratic would take hours
 
 
 def test_special_tokens_come_only_when_asked_for(trained):
@@ -196,57 +109,10 @@ def test_opens_what_the_tokenizers_library_trained(specials_first, pattern, tmp_
     ours = Tokenizer.from_pretrained(tmp_path)
     assert ours.vocab_size == theirs.get_vocab_size() == 400
     assert ours.eot_id == (0 if specials_first else None)
-    for text in [TEXT, *TORTURE]:
-        if "<|" not in text:
-            assert ours.encode(text) == theirs.encode(text).ids
-            assert ours.decode(ours.encode(text)) == text
+    for text in [TEXT, *HARD]:
+        assert ours.encode(text) == theirs.encode(text).ids
+        assert ours.decode(ours.encode(text)) == text
     assert hf(ours, tmp_path / "again")[1].encode(TEXT).ids == ours.encode(TEXT)
-
-
-def edited(trained, tmp_path, edit):
-    trained.save_pretrained(tmp_path)
-    path = tmp_path / "tokenizer.json"
-    content = json.loads(path.read_text())
-    edit(content)
-    path.write_text(json.dumps(content))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("edit", "words"),
-    [
-        (lambda c: c["model"].update(type="WordPiece"), "type is 'WordPiece'"),
-        (lambda c: c.update(normalizer={"type": "NFC"}), "normalizer is 'NFC'"),
-        (lambda c: c["model"].update(dropout=0.1), "dropout is 0.1"),
-        (lambda c: c["model"].update(byte_fallback=True), "byte_fallback is True"),
-        (lambda c: c.update(pre_tokenizer={"type": "Metaspace"}), "pre_tokenizer is Metaspace"),
-        (lambda c: c["pre_tokenizer"].update(add_prefix_space=True), "add_prefix_space is True"),
-        (lambda c: c["model"]["vocab"].pop("A"), "single byte 0x41 is missing"),
-        (lambda c: c["model"]["merges"].append("A zz"), "not in the vocabulary"),
-        (lambda c: c["model"]["vocab"].update({"数": 600}), "stands for no byte"),
-        (lambda c: c["added_tokens"][0].update(special=False), "'<|endoftext|>' is not special"),
-        (lambda c: c["model"]["vocab"].update({"A": 66}), "two tokens have the same id"),
-        (lambda c: c["model"]["merges"].append(c["model"]["merges"][0]), "two merges make the same token"),
-    ],
-)
-def test_a_file_that_cannot_be_honoured_is_refused(trained, tmp_path, edit, words):
-    path = edited(trained, tmp_path, edit)
-    with pytest.raises(UserError, match=words.replace("|", r"\|")) as caught:
-        Tokenizer.from_pretrained(tmp_path)
-    assert str(path) in str(caught.value)
-
-
-def test_missing_and_broken_files(tmp_path):
-    with pytest.raises(UserError, match=r"no-folder: there is no tokenizer.json"):
-        Tokenizer.from_pretrained(tmp_path / "no-folder")
-    (tmp_path / "tokenizer.json").write_text('{"model": ')
-    with pytest.raises(UserError, match=r"tokenizer.json is damaged"):
-        Tokenizer.from_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"tokenizer.json cannot be read"):
-        Tokenizer.from_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"encoder.json is missing"):
-        Tokenizer.from_gpt2_files(tmp_path / "vocab.bpe", tmp_path / "encoder.json")
 
 
 def test_training_refuses_what_cannot_be_made():
@@ -262,25 +128,3 @@ def test_ids_beyond_the_vocabulary(trained):
     for bad in (500, -1):
         with pytest.raises(UserError, match=f"no token has the id {bad}: the vocabulary has ids below 500"):
             trained.decode([65, bad])
-
-
-@given(st.text(max_size=40))
-@settings(deadline=None)
-def test_streaming_gives_whole_characters_only(trained, text):
-    decoder = StreamDecoder(trained)
-    parts = [decoder.push(i) for i in trained.encode(text)]
-    assert "\ufffd" not in "".join(parts).replace("\ufffd" if "\ufffd" in text else "", "")
-    assert "".join(parts) + decoder.flush() == text
-
-
-def test_the_split_pattern_without_backtracking_splits_alike():
-    """Against the regex package, whose Unicode tables are not tiktoken's: all of the first two planes, in one text."""
-    import regex
-
-    byte_only = Tokenizer.train(["x"], vocab_size=257)
-    merged = Tokenizer.train([TEXT], vocab_size=400)
-    assert byte_only.pattern == merged.pattern == GPT2_PATTERN
-    for text in [TEXT, *TORTURE]:
-        pieces = regex.findall(GPT2_PATTERN, text)
-        assert "".join(pieces) == text
-        assert merged.encode(text) == [i for piece in pieces for i in merged.encode(piece)]
