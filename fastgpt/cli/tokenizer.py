@@ -2,45 +2,36 @@
 
 import time
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.text import Text
 
 from fastgpt.cli.progress import counter, skipped_line
-from fastgpt.data import read_documents
+from fastgpt.data.documents import Skipped
+from fastgpt.data.read import Corpus, read_documents
 from fastgpt.errors import UserError
 from fastgpt.tokenizer import END_OF_TEXT, Tokenizer
 
 
 def train(
     *,
-    input: tuple[Path, ...],
+    corpus: Corpus,
     vocab_size: int,
     out: Path,
-    include: str = "*",
-    exclude: str = "",
-    text_key: str = "text",
     special_tokens: tuple[str, ...] = (END_OF_TEXT,),
-    on_error: Literal["raise", "skip"] = "raise",
 ) -> None:
     """Train a byte-level BPE on text files.
 
     Args:
-        input: Text files, .jsonl files, folders or globs; .gz of each.
         vocab_size: How many ids: 256 bytes, the merges, the special tokens.
         out: Folder to write tokenizer.json into.
-        include: Patterns of the file names to take from folders, comma-separated.
-        exclude: Patterns of names of files and folders to leave out, comma-separated.
-        text_key: Field of a .jsonl line that holds the text.
         special_tokens: Tokens that no text makes by itself.
-        on_error: What to do with a file that is no UTF-8 text.
     """
     if (out / "tokenizer.json").exists():
         raise UserError(f"{out} already holds a tokenizer: name another --out, or remove it")
     console = Console(highlight=False, soft_wrap=True)
     started = time.monotonic()
-    skipped: list[str] = []
+    skipped = Skipped()
     size = files = 0
 
     with counter(console, "reading", "files") as reading, counter(console, "merging", "merges") as merging:
@@ -52,21 +43,13 @@ def train(
 
         def texts():  # type: ignore[no-untyped-def]
             nonlocal size
-            for document in read_documents(
-                input,
-                include=include,
-                exclude=exclude,
-                text_key=text_key,
-                on_error=on_error,
-                on_file=count,
-                on_skip=skipped.append,
-            ):
+            for document in read_documents(corpus, count, skipped):
                 size += len(document.text)
                 yield document.text
 
         tokenizer = Tokenizer.train(texts(), vocab_size, special_tokens, merging)
     if not size:
-        raise UserError(f"no text in {', '.join(map(str, input))}: the corpus is empty")
+        raise UserError("the corpus is empty: no file has any text")
     tokenizer.save_pretrained(out)
     skipped_line(console, skipped)
     words = (token.decode("utf-8", "replace") for token in tokenizer.vocab if any(chr(b).isalpha() for b in token))

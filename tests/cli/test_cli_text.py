@@ -43,7 +43,7 @@ def test_bad_files_stop_or_are_counted(cli, refused, corpus, tmp_path):
     args = ["tokenizer", "train", "--input", corpus, tmp_path, "--vocab-size", 280, "--out", tmp_path / "tok"]
     assert "bad.txt is no UTF-8 text: byte 3 is 0xe9" in refused(*args)
     assert not (tmp_path / "tok").exists()
-    code, text, _ = cli(*args, "--on-error", "skip")
+    code, text, _ = cli(*args, "--skip-bad")
     assert code == 0
     assert "skipped: " in text
     assert "(and 1 more)" in text

@@ -1,9 +1,11 @@
 import gzip
 import json
+import re
 
 import pytest
 
-from fastgpt.data import find_files, read_documents
+from fastgpt.data import Corpus, find_files, read_documents
+from fastgpt.data.documents import Skipped
 from fastgpt.errors import UserError
 
 
@@ -61,7 +63,8 @@ def test_jsonl_and_gzip(tmp_path):
         (f"{tmp_path}/x.jsonl:1", "one"),
         (f"{tmp_path}/x.jsonl:3", "two\nlines"),
     ]
-    assert [d.text for d in read_documents([tmp_path / "y.jsonl.gz"], text_key="body")] == ["three"]
+    corpus = Corpus(input=(f"{tmp_path}/y.jsonl.gz",), text_key="body")
+    assert [d.text for d in read_documents(corpus)] == ["three"]
     assert [d.text for d in read_documents([tmp_path / "z.txt.gz"])] == ["vier ü"]
 
 
@@ -85,16 +88,17 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 def test_bad_files_are_named_or_skipped(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     (tmp_path / "good.txt").write_text("good")
-    with pytest.raises(UserError, match=words + ".*--on-error skip"):
+    with pytest.raises(UserError, match=words + ".*--skip-bad"):
         list(read_documents([tmp_path]))
-    skipped = []
-    texts = [d.text for d in read_documents([tmp_path], on_error="skip", on_skip=skipped.append)]
+    skipped = Skipped()
+    texts = [d.text for d in read_documents(Corpus(input=(str(tmp_path),), skip_bad=True), skipped=skipped)]
     assert texts[-1] == "good"
-    assert len(skipped) == 1
+    assert skipped.count == 1
+    assert re.search(words, skipped.first)
 
 
 def test_nothing_there(tmp_path):
     with pytest.raises(UserError, match=r"no such file or folder: .*/missing"):
         list(read_documents([tmp_path / "missing"]))
     with pytest.raises(UserError, match=r"no file matches '\*.py'"):
-        list(read_documents([tmp_path], include="*.py"))
+        list(read_documents(Corpus(input=(str(tmp_path),), include="*.py")))

@@ -116,7 +116,7 @@ def test_of_one_document_the_end_is_for_validation(tokenizer, tmp_path):
     ("texts", "options", "words"),
     [
         ([], {}, "the corpus is empty"),
-        (["x"], {}, "one character"),
+        (["x"], {}, "a single token"),
         (["one", "two"], {"val_fraction": 0.0}, "--val-fraction must be above 0"),
         (["one", "two"], {"seed": -1}, "--seed must be"),
         (["one", "two"], {"shard_tokens": 0}, "--shard-tokens must be"),
