@@ -58,8 +58,9 @@ def prepare(
 
     A document goes to the validation split where the hash of its beginning (512 KiB) and of the seed is below
     `val_fraction`, so that more files move none. A corpus too small for that (a split would be empty) gives validation
-    its document of smallest hash, or training the one of the largest; of a single document the last `val_fraction`
-    becomes validation, cut behind a line end if one is near.
+    its document of smallest hash, or training the one of the largest; a corpus of a few huge documents gives the empty
+    split its last one. Of a single document the last `val_fraction` becomes validation, cut behind a line end if one is
+    near.
 
     Stopped before its end, it goes on where it was when it is called with the same files, tokenizer and options again;
     standard input, datasets and documents in memory are begun again.
@@ -128,7 +129,8 @@ def prepare(
                 raise UserError(f"{error}; what is done is kept: the same command goes on with it") from error
             raise
         finally:
-            work.close()
+            with suppress(OSError):  # of a full disk, again
+                work.close()
             if not work.journal.exists():
                 shutil.rmtree(partial, ignore_errors=True)
     return meta
@@ -301,7 +303,7 @@ class _Work:
         """Divides what is small, when all has been added.
 
         Raises:
-            UserError: there is too little text, or a split is still empty.
+            UserError: there is too little text.
         """
         if self.held is not None:
             places = self._places()
@@ -311,42 +313,44 @@ class _Work:
             elif len(val) > 1 and not val.any():
                 val[places.argmin()] = True
             self._release(val)
-        documents = {split: writer.written.documents for split, writer in self.writers.items()}
-        if sum(documents.values()) == 1:
-            self._cut_single()
-        elif 0 in documents.values():
-            self.journal.unlink(missing_ok=True)  # these options lead nowhere
-            if not any(documents.values()):
-                raise UserError("the corpus is empty: no file has any text")
-            empty = min(documents, key=documents.__getitem__)
-            raise UserError(f"no document came into the {empty} split: change --val-fraction or --seed")
+        documents = [writer.written.documents for writer in self.writers.values()]
+        if not any(documents):
+            raise UserError("the corpus is empty: no file has any text")
+        if not all(documents):
+            self._fill_empty_split(single=sum(documents) == 1)
         self.close()
 
-    def _cut_single(self) -> None:
-        """Moves the end of the only document to validation."""
-        if not self.writers["train"].written.documents:
+    def _fill_empty_split(self, single: bool) -> None:
+        """Moves the last document, or the end of the only one, to the split that has none."""
+        self.journal.unlink(missing_ok=True)  # from here on the files are not what it says
+        if single and not self.writers["train"].written.documents:
             self.writers["val"].rename("train")
             self.writers = {"train": self.writers["val"], "val": self._writer("val")}
-        train, val = self.writers.values()
-        whole = train.written
-        end = whole.tokens - 1  # of the text; the end-of-text is behind it
+        full, empty = sorted(self.writers.values(), key=lambda writer: -writer.written.documents)
+        whole = full.written
+        tokens = {i: token for token, i in self.encoder.tokenizer.vocab.items()}
+        spelled = [tokens.get(i, b"") for i in range(self.encoder.tokenizer.vocab_size)]
+        start = self._end_of_single(full, spelled) if single else full.last_document()
+        size = np.array([len(token) for token in spelled])
+        for begin in range(start, whole.tokens, 1 << 22):
+            part = full.read(begin, min(whole.tokens, begin + (1 << 22)))
+            empty.add(part, np.array([len(part)]), int(size[part].sum()), opens=begin == start)
+        full.cut(Written(whole.documents - (not single), start, whole.bytes - empty.written.bytes))
+        if single:
+            full.add(np.array([self.encoder.eot_id], full.dtype), np.array([1]), 0, opens=False)
+
+    def _end_of_single(self, writer: Writer, spelled: list[bytes]) -> int:
+        """Where the validation part of the only document begins, in tokens."""
+        end = writer.written.tokens - 1  # of the text; the end-of-text is behind it
         if end < 2:
             raise UserError("the corpus is a single token: give more text")
-        ids = range(self.encoder.tokenizer.vocab_size)
-        tokens = {i: token for token, i in self.encoder.tokenizer.vocab.items()}
-        ends_line = np.array([tokens.get(i, b"").endswith(b"\n") for i in ids])
-        continues = np.array([0x80 <= tokens.get(i, b"\0")[0] < 0xC0 for i in ids])  # starts within a character
-        size = np.array([len(tokens.get(i, b"")) for i in ids])
         cut = max(1, min(end - 1, round(end * (1 - self.val_fraction))))
         near = min(end // 100, 1 << 20)
-        lines = np.flatnonzero(ends_line[train.read(cut - near, cut)])
+        ends_line = np.array([token.endswith(b"\n") for token in spelled])
+        lines = np.flatnonzero(ends_line[writer.read(cut - near, cut)])
         if len(lines):
-            cut += int(lines[-1]) + 1 - near
-        else:
-            while cut > 1 and continues[train.read(cut, cut + 1)[0]]:
-                cut -= 1
-        for start in range(cut, whole.tokens, 1 << 22):
-            part = train.read(start, min(whole.tokens, start + (1 << 22)))
-            val.add(part, np.array([len(part)]), int(size[part].sum()), opens=start == cut)
-        train.cut(Written(1, cut, whole.bytes - val.written.bytes))
-        train.add(np.array([self.encoder.eot_id], train.dtype), np.array([1]), 0, opens=False)
+            return cut - near + int(lines[-1]) + 1
+        within = np.array([token[:1] > b"\x7f" and token[:1] < b"\xc0" for token in spelled])  # a character
+        while cut > 1 and within[writer.read(cut, cut + 1)[0]]:
+            cut -= 1
+        return cut

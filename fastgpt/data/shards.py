@@ -109,6 +109,11 @@ class Writer:
             start += count
         return np.concatenate(parts) if parts else np.empty(0, self.dtype)
 
+    def last_document(self) -> int:
+        """Where the last document starts."""
+        self.close()
+        return int(np.fromfile(self._starts, "<u8", 1, offset=8 * (self.written.documents - 1))[0])
+
     def rename(self, split: str) -> None:
         """Makes it another split."""
         self.close()
@@ -125,9 +130,8 @@ class Writer:
         self._changed.clear()
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        while self._files:
+            self._files.popitem()[1].close()
 
     def meta(self) -> dict[str, Any]:
         """What meta.json says of the split."""
