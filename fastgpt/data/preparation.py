@@ -144,7 +144,7 @@ def _fingerprint(corpus: Corpus | Iterable[Document], options: dict[str, Any]) -
     if not files or not all(path.is_file() for path in files):
         return None
     stats = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    how = [corpus.format, corpus.text_key, read.BATCH_BYTES, read.DOCUMENT_BYTES, sorted(options.items())]
+    how = [corpus.format, corpus.text_key, read.BATCH_BYTES, read.TEXT_BYTES, read.LINE_BYTES, sorted(options.items())]
     return hashlib.sha256(json.dumps([stats, how]).encode()).hexdigest()
 
 

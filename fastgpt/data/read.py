@@ -26,8 +26,10 @@ STANDARD_INPUT = "-"
 # A batch is what a worker encodes at a time. In megabytes it takes tenths of a second: long beside the cost of sending
 # it, short beside the whole, so that at the end no worker waits for another.
 BATCH_BYTES = 1 << 20
-# What one document may take in memory: a longer text is cut wherever that is, a longer line of a .jsonl is refused.
-DOCUMENT_BYTES = 64 << 20
+# A text without a place to cut it (see `_CUT`) is cut anywhere behind so much: to merge one word of that size takes most
+# of a gigabyte. A line of a .jsonl cannot be cut; one that is longer than this is refused.
+TEXT_BYTES = 16 << 20
+LINE_BYTES = 64 << 20
 # Where a text can be cut without changing its ids under GPT-2's or cl100k's split pattern: in front of the plain space
 # behind any letter, or of the comma or full stop behind a Chinese or Japanese one (they write without spaces). In both
 # patterns nothing but \p{L}+, which ends at what is no letter, matches a letter, so that no match crosses the cut;
@@ -166,7 +168,7 @@ def read_batches(
     """The corpus as batches of raw bytes, always the same ones.
 
     Args:
-        cut_texts: False keeps a text whole up to `DOCUMENT_BYTES`, for a tokenizer whose split pattern is not known.
+        cut_texts: False keeps a text whole up to `TEXT_BYTES`, for a tokenizer whose split pattern is not known.
 
     Raises:
         UserError: the corpus names nothing that can be read. What is wrong with a single file is in its batch.
@@ -254,7 +256,7 @@ class _SmallTexts:
 
 def _text(path: Path | None, small: _SmallTexts, cut_texts: bool) -> Iterator[Batch]:
     """One text, in pieces if it is large; those are cut where the split pattern sees no difference, if there is such a
-    place within `DOCUMENT_BYTES`."""
+    place within `TEXT_BYTES`."""
     name = _name(path)
     offset = 0  # of what is in `text`, once a piece has been given out
     try:
@@ -267,10 +269,10 @@ def _text(path: Path | None, small: _SmallTexts, cut_texts: bool) -> Iterator[Ba
             searched = 0  # no place to cut before this
             while chunk := file.read(BATCH_BYTES):
                 cut = 0
-                if len(text) >= (BATCH_BYTES if cut_texts else DOCUMENT_BYTES):
+                if len(text) >= (BATCH_BYTES if cut_texts else TEXT_BYTES):
                     cut = _cut(text, max(searched, BATCH_BYTES // 2))
                     searched = len(text) - 4  # a letter's bytes can be at the very end
-                if not cut and len(text) >= DOCUMENT_BYTES:
+                if not cut and len(text) >= TEXT_BYTES:
                     cut = _last_character(text)
                 if cut:
                     yield Batch(name, bytes(text[:cut]), [cut], [name], opens=not offset, closes=False, offset=offset)
@@ -322,8 +324,8 @@ def _lines(path: Path | None) -> Iterator[Batch]:
                     number += data.count(b"\n")
                     rest = []
                 rest.append(chunk[end:])
-                if sum(map(len, rest)) > DOCUMENT_BYTES:
-                    yield Batch(name, bad=f"{name}:{number} is longer than {DOCUMENT_BYTES:,} bytes")
+                if sum(map(len, rest)) > LINE_BYTES:
+                    yield Batch(name, bad=f"{name}:{number} is longer than {LINE_BYTES:,} bytes")
                     rest, too_long = [], True
             yield Batch(name, b"".join(rest), number=number)
     except UserError as error:

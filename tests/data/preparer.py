@@ -7,9 +7,10 @@ from fastgpt.data import encode, preparation, read
 
 
 def small_batches(set_attribute=setattr, journal_seconds=3.0):
-    """Batches of 1,500 bytes; of a text 6,000 are kept whole, of a corpus 4,000 are held back."""
+    """Batches of 1,500 bytes; of a text or line 6,000 are kept whole, of a corpus 4,000 are held back."""
     set_attribute(read, "BATCH_BYTES", 1500)
-    set_attribute(read, "DOCUMENT_BYTES", 6000)
+    set_attribute(read, "TEXT_BYTES", 6000)
+    set_attribute(read, "LINE_BYTES", 6000)
     set_attribute(encode, "FEW_BATCHES", 2)
     set_attribute(preparation, "HELD_BACK", 4000)
     set_attribute(preparation, "JOURNAL_SECONDS", journal_seconds)
@@ -18,5 +19,5 @@ def small_batches(set_attribute=setattr, journal_seconds=3.0):
 if __name__ == "__main__":
     from fastgpt.cli import main
 
-    small_batches(journal_seconds=0.02)
+    small_batches(journal_seconds=0.0)
     main()
