@@ -26,7 +26,7 @@ STANDARD_INPUT = "-"
 # A batch is what a worker encodes at a time. In megabytes it takes tenths of a second: long beside the cost of sending
 # it, short beside the whole, so that at the end no worker waits for another.
 BATCH_BYTES = 1 << 20
-# A text without a place to cut it (see `_CUT`) is cut anywhere behind so much: to merge one word of that size takes most
+# A text without a place to cut it (see `_CUT`) is cut anywhere behind so much: merging one word of that size takes most
 # of a gigabyte. A line of a .jsonl cannot be cut; one that is longer than this is refused.
 TEXT_BYTES = 16 << 20
 LINE_BYTES = 64 << 20
