@@ -1,6 +1,6 @@
 """Preparing data here against tiktoken alone.
 
-    python benchmarks/data.py                     # 50 MB of this Python's own sources, on this machine
+    python benchmarks/data.py                     # 100 MB of this Python's own sources, on this machine
     python benchmarks/data.py --out benchmarks/results
 
 The whole command `fastgpt data prepare`, its start, reading and writing included, beside tiktoken's
@@ -35,7 +35,7 @@ from fastgpt.tokenizer import Tokenizer
 class Options:
     """Preparing data here against tiktoken alone."""
 
-    megabytes: int = 50
+    megabytes: int = 100
     """Of text, from the Python installation's and its packages' own sources."""
     rounds: int = 5
     vocab_size: int = 8192

@@ -117,10 +117,14 @@ def encode(batches: Iterator[Batch], encoder: Encoder, workers: int) -> Generato
     if workers == 1 or len(first) < FEW_BATCHES:
         yield from map(encoder, chain(first, batches))
         return
-    content = pickle.dumps(encoder, pickle.HIGHEST_PROTOCOL)
     idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
-    processes = []
+    processes: list[subprocess.Popen[bytes]] = []
     threads = ThreadPoolExecutor(workers)
+
+    def begin(process: "subprocess.Popen[bytes]", content: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError):  # `_ask` will tell why
+            cast(BinaryIO, process.stdin).write(content)
+        idle.put(process)
 
     def encoded(batch: Batch) -> Encoded:
         process = idle.get()
@@ -130,9 +134,10 @@ def encode(batches: Iterator[Batch], encoder: Encoder, workers: int) -> Generato
             idle.put(process)
 
     try:
-        for _ in range(workers):
-            processes.append(_start(content))
-            idle.put(processes[-1])
+        processes += [_start() for _ in range(workers)]
+        content = pickle.dumps(sys.path) + pickle.dumps(encoder, pickle.HIGHEST_PROTOCOL)
+        for process in processes:
+            threads.submit(begin, process, content)
         pending: deque[Future[Encoded]] = deque()
         for batch in chain(first, batches):
             pending.append(threads.submit(encoded, batch))
@@ -151,19 +156,16 @@ def encode(batches: Iterator[Batch], encoder: Encoder, workers: int) -> Generato
                     cast(BinaryIO, stream).close()
 
 
-def _start(content: bytes) -> "subprocess.Popen[bytes]":
+def _start() -> "subprocess.Popen[bytes]":
     # In a session of its own, so that Ctrl-C in the terminal reaches this process alone, which then ends the others.
     code = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); import fastgpt.data.encode as e; e.work()"
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},  # numpy makes threads for all CPUs
     )
-    with contextlib.suppress(BrokenPipeError):  # `_ask` tells why
-        cast(BinaryIO, process.stdin).write(pickle.dumps(sys.path) + content)
-    return process
 
 
 def _ask(process: "subprocess.Popen[bytes]", batch: Batch) -> Encoded:

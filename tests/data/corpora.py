@@ -9,7 +9,7 @@ WORDS = "the|cat|sat|on|a|mat;|Ünïcödé|日本語、|привет|123|\t'll|d
 
 def texts(count: int, seed: int = 0, longest: int = 60) -> list[str]:
     rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.randint(1, longest))) for _ in range(count)]
+    return [" ".join(rng.choices(WORDS, k=rng.randint(1, longest))) or "." for _ in range(count)]
 
 
 def write_all_formats(folder) -> None:
