@@ -53,7 +53,7 @@ def test_the_files_are_flat_little_endian(shards):
 
 
 @given(st.lists(st.text("ab \n", min_size=1, max_size=20), min_size=2, max_size=12), st.integers(1, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_shards_of_any_size_hold_the_same_tokens(tokenizer, tmp_path_factory, texts, shard_tokens):
     folder = tmp_path_factory.mktemp("s")
     prepare(documents(texts), tokenizer, folder / "cut", shard_tokens=shard_tokens)
