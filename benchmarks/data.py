@@ -81,9 +81,9 @@ def command(corpus: Path, tokenizer: Path, out: Path, peaks: dict[str, int] | No
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "fastgpt", "data", "prepare", *args], stdout=subprocess.DEVNULL)
     while peaks is not None and process.poll() is None:
-        tasks = Path(f"/proc/{process.pid}/task/{process.pid}")
+        threads = Path(f"/proc/{process.pid}/task").glob("*/children")
         try:
-            children = (tasks / "children").read_text().split()
+            children = " ".join(path.read_text() for path in threads).split()
             for kind, pids in (("command", [str(process.pid)]), ("worker", children)):
                 for pid in pids:
                     peaks[kind] = max(peaks.get(kind, 0), resident_peak(pid))

@@ -11,12 +11,12 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
-from queue import SimpleQueue
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -117,28 +117,21 @@ def encode(batches: Iterator[Batch], encoder: Encoder, workers: int) -> Generato
     if workers == 1 or len(first) < FEW_BATCHES:
         yield from map(encoder, chain(first, batches))
         return
-    idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
+    content = pickle.dumps(sys.path) + pickle.dumps(encoder, pickle.HIGHEST_PROTOCOL)
     processes: list[subprocess.Popen[bytes]] = []
-    threads = ThreadPoolExecutor(workers)
-
-    def begin(process: "subprocess.Popen[bytes]", content: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError):  # `_ask` will tell why
-            cast(BinaryIO, process.stdin).write(content)
-        idle.put(process)
+    own = threading.local()
 
     def encoded(batch: Batch) -> Encoded:
-        process = idle.get()
-        try:
-            return _ask(process, batch)
-        finally:
-            idle.put(process)
+        if not hasattr(own, "process"):
+            own.process = _start()
+            processes.append(own.process)
+            with contextlib.suppress(BrokenPipeError):  # `_ask` will tell why
+                own.process.stdin.write(content)
+        return _ask(own.process, batch)
 
+    threads = ThreadPoolExecutor(workers)
+    pending: deque[Future[Encoded]] = deque()
     try:
-        processes += [_start() for _ in range(workers)]
-        content = pickle.dumps(sys.path) + pickle.dumps(encoder, pickle.HIGHEST_PROTOCOL)
-        for process in processes:
-            threads.submit(begin, process, content)
-        pending: deque[Future[Encoded]] = deque()
         for batch in chain(first, batches):
             pending.append(threads.submit(encoded, batch))
             if len(pending) == 2 * workers:
@@ -150,6 +143,7 @@ def encode(batches: Iterator[Batch], encoder: Encoder, workers: int) -> Generato
             process.kill()
         threads.shutdown(cancel_futures=True)
         for process in processes:
+            process.kill()  # one that was just being started
             process.wait()
             for stream in (process.stdin, process.stdout):
                 with contextlib.suppress(OSError):  # what it was still to be given

@@ -290,10 +290,12 @@ def wait_for(condition, seconds=30.0):
 
 
 def workers_of(process):
-    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    if not path.exists():
+    """Each thread's children."""
+    if not Path("/proc/self/task").exists():
         pytest.skip("needs Linux's /proc")
-    return [int(pid) for pid in path.read_text().split()]
+    return [
+        int(pid) for path in Path(f"/proc/{process.pid}/task").glob("*/children") for pid in path.read_text().split()
+    ]
 
 
 def gone(pid):
