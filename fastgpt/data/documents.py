@@ -62,7 +62,7 @@ class Skipped:
 
 
 def decoded(batch: Batch, text_key: str) -> Iterator[Document | UserError]:
-    """Each document of a batch, or what is wrong with it. Empty ones are passed over; a piece of one is not."""
+    """Each document of a batch, or what is wrong with it. Empty ones, and null, are passed over; a piece is not."""
     whole = batch.opens and batch.closes
     for name, content in _contents(batch):
         try:
@@ -125,7 +125,12 @@ def _field(line: str, key: str, name: str) -> str:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name} is no JSON: {error}") from None
-    if not isinstance(value, dict) or not isinstance(value.get(key), str):
+    if not isinstance(value, dict) or key not in value:
         have = ", ".join(map(repr, value)) if isinstance(value, dict) else type(value).__name__
         raise UserError(f"{name} has no text in a field {key!r} (it has {have}): name the field with --text-key")
-    return value[key]
+    text = value[key]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise UserError(f"{name} has no text in its field {key!r}, but {type(text).__name__}")
+    return text

@@ -155,6 +155,10 @@ def test_odd_bytes_in_lines(tmp_path):
     found, skipped = skipping(path)
     assert found == ["a\0b", "\ud800", "café"]
     assert skipped.first.endswith("a.jsonl:4 is no UTF-8 text: byte 10 is 0xe9")
+    path.write_bytes(b'{"text": null}\n{"text": "one"}\n{"text": 5}')
+    found, skipped = skipping(path)
+    assert found == ["one"]
+    assert skipped.first.endswith("a.jsonl:3 has no text in its field 'text', but int")
     path.write_bytes(b"[" * 100_000)
     refused("a.jsonl:1 is no JSON", path)
 
