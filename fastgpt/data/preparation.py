@@ -98,7 +98,8 @@ def prepare(
         raise UserError("the tokenizer has no end-of-text token: train one with the special token <|endoftext|>")
     out = Path(out).absolute()
     refuse_existing(out)
-    encoder = Encoder(tokenizer, eot, corpus.text_key if isinstance(corpus, Corpus) else "", seed)
+    text_key, skip_bad = (corpus.text_key, corpus.skip_bad) if isinstance(corpus, Corpus) else ("", False)
+    encoder = Encoder(tokenizer, eot, text_key, seed)
     options = {"seed": seed, "val_fraction": val_fraction}
     fingerprint = _fingerprint(corpus, {**options, "shard_tokens": shard_tokens, "tokenizer": tokenizer.hash})
     partial = out.with_name(f".{out.name}.partial")
@@ -106,11 +107,12 @@ def prepare(
         partial.mkdir(parents=True, exist_ok=True)
     with locked(partial / "lock", f"another process is at work on {out}: wait for it, or choose another folder"):
         refuse_existing(out)
-        work = _Work(partial, fingerprint, encoder, val_fraction, shard_tokens, skipped or Skipped())
+        work = _Work(partial, fingerprint, encoder, val_fraction, shard_tokens, skip_bad, skipped or Skipped())
         try:
             with explained(out):
-                work.resume(isinstance(corpus, Corpus) and corpus.skip_bad, note)
-                work.run(corpus, workers or cpus(), progress)
+                work.resume(note)
+                batches = read_batches(corpus, tokenizer.can_cut) if isinstance(corpus, Corpus) else batches_of(corpus)
+                work.run(batches, workers or cpus(), progress)
                 meta = {
                     "format": FORMAT,
                     "dtype": encoder.dtype.name,
@@ -144,8 +146,9 @@ def _fingerprint(corpus: Corpus | Iterable[Document], options: dict[str, Any]) -
     if not files or not all(path.is_file() for path in files):
         return None
     stats = [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    how = [corpus.format, corpus.text_key, read.BATCH_BYTES, read.TEXT_BYTES, read.LINE_BYTES, sorted(options.items())]
-    return hashlib.sha256(json.dumps([stats, how]).encode()).hexdigest()
+    sizes = [read.BATCH_BYTES, read.TEXT_BYTES, read.LINE_BYTES]
+    content = [FORMAT, stats, corpus.format, corpus.text_key, sizes, sorted(options.items())]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 class _Work:
@@ -158,6 +161,7 @@ class _Work:
         encoder: Encoder,
         val_fraction: float,
         shard_tokens: int,
+        skip_bad: bool,
         skipped: Skipped,
     ) -> None:
         self.folder, self.journal = partial / "shards", partial / "journal.json"
@@ -168,23 +172,25 @@ class _Work:
         self.held: list[Encoded] | None = []  # until both splits have a document
         self.open: tuple[str, Written] | None = None  # where the text in pieces goes, and what was there before it
         self.dropping = False  # the rest of a text that is bad
-        self.skipped, self.skip_bad = skipped, False
+        self.skip_bad, self.skipped = skip_bad, skipped
         self.before = Written()  # by earlier runs
 
     def _writer(self, split: str) -> Writer:
         return Writer(self.folder, split, self.encoder.dtype, self.shard_tokens)
 
-    def resume(self, skip_bad: bool, note: Callable[[str], None] | None) -> None:
+    def resume(self, note: Callable[[str], None] | None) -> None:
         """Takes up what an earlier run has left, or clears it away."""
-        self.skip_bad = skip_bad
-        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        if self.journal.exists():
             state = json.loads(self.journal.read_text())
-            fits = state["fingerprint"] == self.fingerprint and (skip_bad or not state["skipped"]["count"])
+            fits = state["fingerprint"] == self.fingerprint and (self.skip_bad or not state["skipped"]["count"])
             if fits and all(w.cut(Written(**state["written"][split])) for split, w in self.writers.items()):
                 self.batches, self.dropping, self.held = state["batches"], state["dropping"], None
                 self.open = state["open"] and (state["open"][0], Written(**state["open"][1]))
                 self.skipped.add(state["skipped"]["first"], state["skipped"]["count"])
                 self.before = self.total()
+                for path in self.folder.iterdir():
+                    if path.suffix != ".bin":  # of a run that was stopped while it finished
+                        path.unlink()
                 if note:
                     note(f"going on behind the {self.before.documents:,} documents that were done before")
                 return
@@ -213,15 +219,8 @@ class _Work:
         for writer in self.writers.values():
             writer.close()
 
-    def run(
-        self, corpus: Corpus | Iterable[Document], workers: int, progress: Callable[[Progress], None] | None
-    ) -> None:
-        """Reads, encodes and writes all that is left to do."""
-        batches: Iterator[Batch]
-        if isinstance(corpus, Corpus):
-            batches = read_batches(corpus, self.encoder.tokenizer.can_cut)
-        else:
-            batches = batches_of(corpus)
+    def run(self, batches: Iterator[Batch], workers: int, progress: Callable[[Progress], None] | None) -> None:
+        """Encodes and writes all that is left to do."""
         saved = time.monotonic()
         with closing(encode(islice(batches, self.batches, None), self.encoder, workers)) as results:
             for result in results:
@@ -269,7 +268,11 @@ class _Work:
             return
         if self.held is None:
             assert self.open
-            self.writers[self.open[0]].cut(self.open[1])
+            split, before = self.open
+            self.writers[split].written = before
+            if self.journal.exists():
+                self.save()  # first, so that the files are never shorter than it says
+            self.writers[split].cut(before)
         else:
             while not self.held.pop().opens:
                 pass

@@ -38,6 +38,15 @@ def everything(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True, scope="module")
+def without_waiting_for_the_disk():
+    """Which no process that is killed needs; each of the tests writes hundreds of journals."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("fastgpt.files", "fastgpt.data.shards"):
+            patch.setattr(f"{module}.fsync", lambda path: None)
+        yield
+
+
 @pytest.fixture
 def small(monkeypatch):
     small_batches(monkeypatch.setattr)
@@ -140,24 +149,47 @@ def test_of_a_few_large_documents_each_split_has_one(small, tokenizer, tmp_path)
             assert meta["splits"][split]["bytes"] == sum(len(text.encode()) for text in documents)
 
 
-def test_a_large_text_that_turns_out_bad_leaves_no_piece(small, tokenizer, tmp_path):
-    good = " ".join(texts(100, seed=4)).encode()
-    (tmp_path / "a.txt").write_text("first")
-    (tmp_path / "b.txt").write_bytes(good + b"\xff" + good)
-    (tmp_path / "c.txt").write_bytes(good)
-    (tmp_path / "d.txt.gz").write_bytes(gzip.compress(good + b"more")[:-20])
-    corpus, skipped = corpus_of(tmp_path, skip_bad=True), Skipped()
-    for held_back in (10**9, 100):  # dropped from memory, and from the disk
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fastgpt.data.preparation.HELD_BACK", held_back)
-            out = tmp_path.with_name(f"out{held_back}")
-            prepare(corpus, tokenizer, out, skipped=skipped, val_fraction=0.7, seed=3)
-        found = [t for split in ("train", "val") for t in documents_of(out, split, tokenizer)]
-        assert sorted(found) == sorted(["first", good.decode()])
-    assert skipped.count == 4
-    assert f"b.txt is no UTF-8 text: byte {len(good):,} is 0xff" in skipped.first
-    with pytest.raises(UserError, match=f"byte {len(good):,} is 0xff; mend it, or pass over such with --skip-bad"):
-        prepare(corpus_of(tmp_path), tokenizer, tmp_path / "out")
+@pytest.fixture
+def half_bad(tmp_path):
+    """Of four texts, two are large and bad behind their middle; and the good large one."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    good = " ".join(texts(60, seed=4))
+    (folder / "a.txt").write_text("first")
+    (folder / "b.txt").write_bytes(good.encode() + b"\xff" + good.encode())
+    (folder / "c.txt").write_text(good)
+    (folder / "d.txt.gz").write_bytes(gzip.compress(good.encode() + b"more")[:-20])
+    return folder, good
+
+
+@pytest.mark.parametrize("held_back", [10**9, 100])
+def test_a_large_text_that_turns_out_bad_leaves_no_piece(small, half_bad, tokenizer, tmp_path, monkeypatch, held_back):
+    """Dropped from memory, and from the disk."""
+    folder, good = half_bad
+    monkeypatch.setattr("fastgpt.data.preparation.HELD_BACK", held_back)
+    skipped = Skipped()
+    prepare(corpus_of(folder, skip_bad=True), tokenizer, tmp_path / "out", skipped=skipped, val_fraction=0.7, seed=3)
+    found = [t for split in ("train", "val") for t in documents_of(tmp_path / "out", split, tokenizer)]
+    assert sorted(found) == sorted(["first", good])
+    assert skipped.count == 2
+    words = f"b.txt is no UTF-8 text: byte {len(good.encode()):,} is 0xff"
+    assert words in skipped.first
+    with pytest.raises(UserError, match=f"{words}; mend it, or pass over such with --skip-bad"):
+        prepare(corpus_of(folder), tokenizer, tmp_path / "refused")
+
+
+def test_stopped_while_a_bad_text_is_dropped(small, half_bad, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastgpt.data.preparation.HELD_BACK", 100)
+    corpus, batches = corpus_of(half_bad[0], skip_bad=True), []
+    prepare(corpus, tokenizer, tmp_path / "whole", progress=batches.append)
+    for count in range(3, len(batches)):
+        out = tmp_path / f"out_{count}"
+        stopped(corpus, tokenizer, out, batches=count)
+        notes, skipped = [], Skipped()
+        prepare(corpus, tokenizer, out, note=notes.append, skipped=skipped)
+        assert "going on behind" in notes[0]
+        assert content(out) == content(tmp_path / "whole")
+        assert skipped.count == 2
 
 
 # Stopped and gone on with

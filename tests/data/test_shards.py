@@ -17,6 +17,13 @@ def tokenizer(tokenizer_dir):
     return Tokenizer.from_pretrained(tokenizer_dir)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def without_waiting_for_the_disk():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastgpt.files.fsync", lambda path: None)
+        yield
+
+
 def documents(texts):
     return [Document(f"doc {i}", text) for i, text in enumerate(texts)]
 
