@@ -345,10 +345,10 @@ def _parquet(path: Path, key: str) -> Iterator[Batch]:
                 kind = kind.value_type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 raise UserError(f"{path} has no text in the column {key!r} (it has {kind}): name it with --text-key")
-            size = file.metadata.serialized_size + sum(
-                file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)
-            )
-            rows = max(1, min(4096, BATCH_BYTES * file.metadata.num_rows // size))
+            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+            chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+            size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == key)
+            rows = max(1, min(8192, BATCH_BYTES * file.metadata.num_rows // max(1, size)))  # that make a batch
             for part in file.iter_batches(rows, columns=[key]):
                 texts = part.column(0).cast(pyarrow.large_string()).fill_null("")
                 _, offsets, data = texts.buffers()
