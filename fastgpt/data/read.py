@@ -215,7 +215,7 @@ def _reading(path: Path | None) -> Iterator[None]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{name} is damaged: {error}") from None
     except OSError as error:
-        raise UserError(f"{name} cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{name} cannot be read: {error.strerror or _line(error)}") from None
 
 
 def _name(path: Path | None) -> str:
@@ -258,7 +258,7 @@ def _text(path: Path | None, small: _SmallTexts, cut_texts: bool) -> Iterator[Ba
     """One text, in pieces if it is large; those are cut where the split pattern sees no difference, if there is such a
     place within `TEXT_BYTES`."""
     name = _name(path)
-    offset = 0  # of what is in `text`, once a piece has been given out
+    offset = 0  # where `text` begins in the file
     try:
         with _reading(path), _open(path) as file:
             text = bytearray(file.read(BATCH_BYTES))

@@ -213,7 +213,7 @@ def test_no_split_pattern_sees_the_cut(text):
 @settings(max_examples=150, deadline=None)
 def test_pieces_have_the_ids_of_the_whole(tmp_path_factory, text, batch_bytes):
     tokenizer = _tokenizer()
-    text = text.removeprefix("\ufeff") + " end"
+    text = text.lstrip("\ufeff") + " end"
     path = tmp_path_factory.mktemp("t") / "a.txt"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
