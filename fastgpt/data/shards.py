@@ -88,6 +88,7 @@ class Writer:
         for path in self.folder.glob(f"{self.split}_*.bin"):
             if path not in sizes:
                 path.unlink()
+                self._changed.discard(path)
             elif path.stat().st_size > sizes[path]:
                 os.truncate(path, sizes[path])
                 self._changed.add(path)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from fastgpt import Tokenizer
 from fastgpt.data import Document, TokenDataset, prepare, read_documents
+from fastgpt.data.shards import Writer
 from fastgpt.errors import UserError
 
 
@@ -73,6 +75,35 @@ def test_shards_of_any_size_hold_the_same_tokens(tokenizer, tmp_path_factory, te
             b = min(len(cut), a + 7)
             assert np.array_equal(cut.tokens(a, b), whole.tokens(a, b))
             assert cut.file_of(a).name == f"{split}_{a // shard_tokens:05d}.bin"
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size=12), st.data())
+@settings(max_examples=30, deadline=None)
+def test_a_writer_cut_back_goes_on_as_if_nothing_had_been(tmp_path_factory, batches, data):
+    """Each batch is documents of these many tokens."""
+    folder = tmp_path_factory.mktemp("w")
+    direct, cut = (Writer(folder, split, np.dtype("<u2"), 7) for split in ("train", "val"))
+    rng = np.random.default_rng(0)
+
+    def add(writer, lengths, tokens):
+        writer.add(tokens, np.array(lengths, np.int64), 2 * len(tokens))
+
+    for lengths in batches:
+        if data.draw(st.booleans()):
+            before = replace(cut.written)
+            add(cut, [9, 4], np.zeros(13, "<u2"))
+            assert cut.cut(before)
+        tokens = rng.integers(0, 1000, sum(lengths)).astype("<u2")
+        add(direct, lengths, tokens)
+        add(cut, lengths, tokens)
+        cut.sync()
+    assert cut.written == direct.written
+    assert np.array_equal(cut.read(0, cut.written.tokens), direct.read(0, direct.written.tokens))
+    direct.close()
+    assert not cut.cut(replace(cut.written, documents=cut.written.documents + 1))
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.stat().st_size}
+    for name in files:
+        assert files[name] == files[name.replace("val", "train")]
 
 
 def test_large_vocabularies_take_32_bits(tmp_path):
