@@ -68,7 +68,7 @@ def prepare(
     The files are the same to the byte whatever the number of workers, and however often it was stopped.
 
     Args:
-        corpus: what to read, or documents in memory.
+        corpus: what to read, or documents in memory, each of them whole.
         out: folder to make.
         val_fraction: above 0 and below 1.
         seed: of the division.

@@ -121,10 +121,11 @@ def read_documents(
     on_file: Callable[[Path], None] | None = None,
     skipped: Skipped | None = None,
 ) -> Iterator[Document]:
-    """Documents one at a time, decoded here; a text above a megabyte comes in pieces, each of them a Document.
+    """Documents one at a time; a text above a megabyte comes in pieces, each of them a Document.
 
-    A text file is one document, a .jsonl has one a line, a .parquet one a row. Text is read as it is, line ends
-    included. Empty documents are passed over.
+    For what needs the text alone, such as training a tokenizer; `fastgpt.data.prepare` takes the corpus itself. A text
+    file is one document, a .jsonl has one a line, a .parquet one a row. Text is read as it is, line ends included. Empty
+    documents are passed over.
 
     Args:
         corpus: what to read, or the paths alone.

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt import Tokenizer
-from fastgpt.data import Document, TokenDataset, prepare, read_documents
+from fastgpt.data import Corpus, Document, TokenDataset, prepare, read_documents
 from fastgpt.data.shards import Writer
 from fastgpt.errors import UserError
 
@@ -117,7 +117,7 @@ def test_large_vocabularies_take_32_bits(tmp_path):
 
 def test_the_same_input_and_seed_give_the_same_bytes(corpus, tokenizer, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        prepare(read_documents([corpus]), tokenizer, tmp_path / name, seed=seed, val_fraction=0.3)
+        prepare(Corpus(input=(str(corpus),)), tokenizer, tmp_path / name, seed=seed, val_fraction=0.3)
     content = {n: [p.read_bytes() for p in sorted((tmp_path / n).iterdir())] for n in "abc"}
     assert content["a"] == content["b"]
     assert texts_of(tmp_path / "a", "val", tokenizer) != texts_of(tmp_path / "c", "val", tokenizer)
@@ -174,7 +174,7 @@ def test_a_tokenizer_without_an_end_of_text(tmp_path):
 
 @pytest.fixture
 def own_shards(corpus, tokenizer, tmp_path):
-    prepare(read_documents([corpus]), tokenizer, tmp_path / "data", val_fraction=0.2)
+    prepare(Corpus(input=(str(corpus),)), tokenizer, tmp_path / "data", val_fraction=0.2)
     return tmp_path / "data"
 
 
