@@ -124,8 +124,8 @@ def read_documents(
     """Documents one at a time; a text above a megabyte comes in pieces, each of them a Document.
 
     For what needs the text alone, such as training a tokenizer; `fastgpt.data.prepare` takes the corpus itself. A text
-    file is one document, a .jsonl has one a line, a .parquet one a row. Text is read as it is, line ends included. Empty
-    documents are passed over.
+    file is one document, a .jsonl has one a line, a .parquet one a row. Text is read as it is, line ends included.
+    Empty documents are passed over.
 
     Args:
         corpus: what to read, or the paths alone.
