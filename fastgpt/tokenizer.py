@@ -148,7 +148,7 @@ class Tokenizer:
         return batch if self._ids is None else [[self._ids[r] for r in ranks] for ranks in batch]
 
     def encode_to_numpy(self, texts: Iterable[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """`encode` of each text in arrays, without a Python number for each id, which takes a third of the time.
+        """`encode` of each text, as arrays: making a Python number of each id would take a tenth of the time.
 
         Returns:
             The ids of all texts, one behind the other, and how many are each text's.
@@ -166,8 +166,10 @@ class Tokenizer:
 
     @property
     def can_cut(self) -> bool:
-        """Whether a text's ids are those of its two parts where it is cut between a letter and a space: known of the
-        split patterns that are here."""
+        """Whether a text can be cut between a letter and a space without changing its ids.
+
+        That is known of GPT-2's and cl100k's split patterns (`fastgpt.data.read` says why).
+        """
         return self.pattern in _FAST_PATTERN
 
     def mismatch(self, vocab_size: int, folder: str | Path) -> UserError:
