@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 import regex
 import zstandard
+from corpora import texts
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,6 @@ from fastgpt.data import Corpus, read, read_documents
 from fastgpt.data.documents import Skipped
 from fastgpt.errors import UserError
 from fastgpt.tokenizer import GPT2_PATTERN
-from tests.data.corpora import texts
 
 CL100K_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

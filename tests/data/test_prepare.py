@@ -14,14 +14,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from corpora import content, texts, write_all_formats
+from preparer import small_batches
 
 from fastgpt import Tokenizer
 from fastgpt.data import Corpus, TokenDataset
 from fastgpt.data import prepare as prepare_with_processes
 from fastgpt.data.documents import Skipped
 from fastgpt.errors import UserError
-from tests.data.corpora import content, texts, write_all_formats
-from tests.data.preparer import small_batches
 
 ROOT = Path(__file__).parents[2]
 
