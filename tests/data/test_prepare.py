@@ -125,6 +125,10 @@ def test_the_end_of_a_single_large_text_is_for_validation(small, tokenizer, tmp_
         assert 0.27 < len(val) / len(text) < 0.33
         assert meta["splits"]["train"]["bytes"] == len(train.encode())
         assert meta["splits"]["val"]["bytes"] == len(val.encode())
+        options = {"seed": seed, "val_fraction": 0.3, "shard_tokens": 999}
+        stopped(corpus_of(path), tokenizer, tmp_path / f"again_{seed}", batches=9, **options)
+        prepare(corpus_of(path), tokenizer, tmp_path / f"again_{seed}", **options)
+        assert content(tmp_path / f"again_{seed}") == content(out)
 
 
 def test_a_large_text_without_a_place_to_cut(small, tokenizer, tmp_path):
