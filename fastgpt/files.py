@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +53,8 @@ def explained(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {_ADVICE[code]}") from error
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Returns when a file or folder is on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -71,11 +73,50 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     with explained(path):
         try:
             temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-            _fsync(temporary)
+            fsync(temporary)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises UserError where a new folder would replace anything."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} exists already and is not overwritten: remove it or choose another folder")
+
+
+def publish(folder: Path, path: Path) -> None:
+    """Makes a folder that is complete `path`, in one step, when all of it is on the disk."""
+    for file in sorted(folder.rglob("*")):
+        fsync(file)
+    fsync(folder)
+    os.replace(folder, path)  # an empty folder there is replaced
+    fsync(path.parent)
+
+
+@contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Holds the file `path` for this process, until it ends in whatever way.
+
+    Raises:
+        UserError: `busy`, if another process holds it.
+    """
+    if sys.platform == "win32":  # has no flock; two processes at once are not told apart there
+        yield
+        return
+    import fcntl
+
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(busy) from None
+        except OSError:  # of a file system without locks
+            pass
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise UserError(busy)  # who held it has finished, and removed it, in between
+        yield
 
 
 @contextmanager
@@ -86,18 +127,13 @@ def atomic_dir(path: Path) -> Iterator[Path]:
         UserError: `path` exists and is not empty, or something could not be written.
     """
     path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} exists already and is not overwritten: remove it or choose another folder")
+    refuse_existing(path)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     with explained(path):
         try:
             temporary.mkdir(parents=True)
             yield temporary
-            for file in sorted(temporary.rglob("*")):
-                _fsync(file)
-            _fsync(temporary)
-            os.replace(temporary, path)  # an empty folder there is replaced
-            _fsync(path.parent)
+            publish(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import regex
 import tiktoken
 
@@ -138,6 +140,31 @@ class Tokenizer:
         """`encode` of each text, in threads."""
         batch = self._encoding.encode_ordinary_batch(texts, num_threads=threads)
         return batch if self._ids is None else [[self._ids[r] for r in ranks] for ranks in batch]
+
+    def encode_to_numpy(self, texts: Iterable[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """`encode` of each text, as arrays: making a Python number of each id would take a tenth of the time.
+
+        Returns:
+            The ids of all texts, one behind the other, and how many are each text's.
+        """
+        found = []
+        for text in texts:
+            try:
+                ranks = self._encoding.encode_to_numpy(text, disallowed_special=())
+            except UnicodeEncodeError:
+                ranks = self._encoding.encode_to_numpy(without_surrogates(text), disallowed_special=())
+            found.append(ranks)
+        lengths = np.fromiter(map(len, found), np.int64, len(found))
+        ranks = np.concatenate(found) if found else np.empty(0, np.uint32)
+        return (ranks if self._ids is None else np.array(self._ids, np.uint32)[ranks]), lengths
+
+    @property
+    def can_cut(self) -> bool:
+        """Whether a text can be cut between a letter and a space without changing its ids.
+
+        That is known of GPT-2's and cl100k's split patterns (`fastgpt.data.read` says why).
+        """
+        return self.pattern in _FAST_PATTERN
 
     def mismatch(self, vocab_size: int, folder: str | Path) -> UserError:
         """What to raise where the model beside this tokenizer, in `folder`, has a vocabulary of another size."""
@@ -348,6 +375,11 @@ def _encoding(pattern: str, by_rank: list[bytes], specials: list[str]) -> tiktok
     if "" in pieces or "".join(pieces) != _PROBE:
         raise UserError(f"the split pattern {short(pattern)} leaves out a part of the text")
     return encoding
+
+
+def without_surrogates(text: str) -> str:
+    """The text with its surrogates paired, or replaced by U+FFFD where they are alone, as tiktoken does it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class StreamDecoder:

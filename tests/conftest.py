@@ -47,11 +47,11 @@ def tokenizer_dir(corpus, tmp_path_factory):
 @pytest.fixture(scope="session")
 def shards(corpus, tokenizer_dir, tmp_path_factory):
     """A folder of token shards of the made-up text. Read only."""
-    from fastgpt.data import prepare, read_documents
+    from fastgpt.data import Corpus, prepare
     from fastgpt.tokenizer import Tokenizer
 
     out = tmp_path_factory.mktemp("shards") / "data"
-    prepare(read_documents([corpus]), Tokenizer.from_pretrained(tokenizer_dir), out, val_fraction=0.2)
+    prepare(Corpus(input=(str(corpus),)), Tokenizer.from_pretrained(tokenizer_dir), out, val_fraction=0.2)
     return out
 
 

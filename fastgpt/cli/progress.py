@@ -3,9 +3,14 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+if TYPE_CHECKING:
+    from fastgpt.data.documents import Skipped
+    from fastgpt.data.preparation import PrepareProgress
 
 
 @contextmanager
@@ -31,8 +36,23 @@ def counter(console: Console, verb: str, unit: str, total: int | None = None) ->
         bar.stop()
 
 
-def skipped_line(console: Console, skipped: list[str]) -> None:
-    """How many files were passed over, and the first reason."""
-    if skipped:
-        more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
-        console.print(f"skipped: {skipped[0]}{more}", markup=False)
+@contextmanager
+def encoding(console: Console) -> Iterator[Callable[["PrepareProgress"], None]]:
+    """A line on a terminal that tells how far `fastgpt.data.prepare` is, and how fast: its `progress`."""
+    started = time.monotonic()
+    with console.status("encoding") as status:
+
+        def count(p: "PrepareProgress") -> None:
+            seconds = time.monotonic() - started
+            megabytes, tokens = (p.done.bytes - p.before.bytes) / 1e6, (p.done.tokens - p.before.tokens) / 1e6
+            rates = f"{megabytes / seconds:.1f} MB/s, {tokens / seconds:.2f} M tokens/s"
+            status.update(f"encoding: {p.done.documents:,} documents, {p.done.tokens:,} tokens, {rates}")
+
+        yield count
+
+
+def skipped_line(console: Console, skipped: "Skipped") -> None:
+    """How many files, lines and rows were passed over, and the first reason."""
+    if skipped.count:
+        more = f" (and {skipped.count - 1:,} more)" if skipped.count > 1 else ""
+        console.print(f"skipped: {skipped.first}{more}", markup=False)

@@ -41,7 +41,7 @@ def quickstart(*, minutes: float = 2.0, seed: int = 0, out: Path | None = None) 
     stdlib = sysconfig.get_path("stdlib")
     # Tests are two thirds of it; encodings and pydoc_data are tables of numbers and documentation, not code.
     exclude = "test,tests,encodings,pydoc_data"
-    text = ["--input", stdlib, "--include", "*.py", "--exclude", exclude, "--on-error", "skip"]
+    text = ["--input", stdlib, "--include", "*.py", "--exclude", exclude, "--skip-bad"]
     tokenizer, data, seeded = str(out / "tokenizer"), str(out / "data"), ["--seed", str(seed)]
     size = GPU if torch.cuda.is_available() else CPU
     step("1. Train a tokenizer", "tokenizer", "train", *text, "--vocab-size", "4096", "--out", tokenizer)

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from fastgpt.cli.colours import frequency_table, id_text, token_text
 from fastgpt.cli.progress import counter, skipped_line
-from fastgpt.data import read_documents
-from fastgpt.data.read import read_text_file
+from fastgpt.data.documents import Skipped
+from fastgpt.data.read import Corpus, read_pieces, read_text_file
 from fastgpt.errors import UserError
 from fastgpt.token_view import Split, split_text
 from fastgpt.tokenizer import END_OF_TEXT, Tokenizer
@@ -23,34 +23,25 @@ HEAD = 256  # tokens shown of a long text
 
 def train(
     *,
-    input: tuple[Path, ...],
+    corpus: Corpus,
     vocab_size: int,
     out: Path,
-    include: str = "*",
-    exclude: str = "",
-    text_key: str = "text",
     special_tokens: tuple[str, ...] = (END_OF_TEXT,),
     pattern: Literal["gpt2", "cl100k"] = "gpt2",
-    on_error: Literal["raise", "skip"] = "raise",
 ) -> None:
     """Train a byte-level BPE on text files.
 
     Args:
-        input: Text files, .jsonl files, folders or globs; .gz of each.
         vocab_size: How many ids: 256 bytes, the merges, the special tokens.
         out: Folder to write tokenizer.json into.
-        include: Patterns of the file names to take from folders, comma-separated.
-        exclude: Patterns of names of files and folders to leave out, comma-separated.
-        text_key: Field of a .jsonl line that holds the text.
         special_tokens: Tokens that no text makes by itself.
         pattern: How text is split into words, which no token crosses: as GPT-2 does, or as GPT-4's cl100k does.
-        on_error: What to do with a file that is no UTF-8 text.
     """
     if (out / "tokenizer.json").exists():
         raise UserError(f"{out} already holds a tokenizer: name another --out, or remove it")
     console = Console(highlight=False, soft_wrap=True)
     started = time.monotonic()
-    skipped: list[str] = []
+    skipped = Skipped()
     size = files = 0
 
     def count(_: Path) -> None:
@@ -60,15 +51,7 @@ def train(
     def texts() -> Iterator[str]:
         nonlocal size
         with counter(console, "reading", "characters") as reading:
-            for document in read_documents(
-                input,
-                include=include,
-                exclude=exclude,
-                text_key=text_key,
-                on_error=on_error,
-                on_file=count,
-                on_skip=skipped.append,
-            ):
+            for document in read_pieces(corpus, count, skipped):
                 size += len(document.text)
                 reading(size)
                 yield document.text
@@ -76,7 +59,7 @@ def train(
     with counter(console, "merging", "merges", vocab_size - 256 - len(special_tokens)) as merging:
         tokenizer = Tokenizer.train(texts(), vocab_size, special_tokens, merging, pattern)
     if not size:
-        raise UserError(f"no text in {', '.join(map(str, input))}: the corpus is empty")
+        raise UserError("the corpus is empty: no file has any text")
     tokenizer.save_pretrained(out)
     skipped_line(console, skipped)
     words = (token.decode("utf-8", "replace") for token in tokenizer.vocab if any(chr(b).isalpha() for b in token))

@@ -7,181 +7,139 @@ train_documents.bin, ...     uint64: where each document starts in its split, in
 tokenizer.json, ...          the tokenizer, so that the folder is all that training needs
 """
 
-import hashlib
 import json
+import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate, chain
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from fastgpt.data.mapped import MappedNumbers
-from fastgpt.data.read import Document
 from fastgpt.errors import UserError
-from fastgpt.files import atomic_dir
-from fastgpt.tokenizer import Tokenizer
+from fastgpt.files import fsync
 
 FORMAT = "fastgpt-shards-1"
 SPLITS = ("train", "val")
-# Held back while a split is still empty, so that a small corpus can be divided by hand.
-HELD_BACK = 64 * 2**20
-BATCH = 256  # documents encoded at a time
 
 
-class _Writer:
-    """One split on its way to the disk."""
+@dataclass
+class Written:
+    """How much of a split there is."""
 
-    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int) -> None:
-        self.folder, self.split, self.dtype, self.shard_tokens = folder, split, np.dtype(dtype), shard_tokens
-        self.shards: list[dict[str, Any]] = []
-        self.documents = self.tokens = self.bytes = 0
-        self._starts = (folder / f"{split}_documents.bin").open("wb")
-        self._file: Any = None
-
-    def add(self, ids: list[int], text_bytes: int) -> None:
-        self._starts.write(np.array([self.tokens], "<u8").tobytes())
-        array = np.array(ids, self.dtype)
-        self.documents += 1
-        self.tokens += len(array)
-        self.bytes += text_bytes
-        while len(array):
-            if self._file is None or self.shards[-1]["tokens"] == self.shard_tokens:
-                self.close_shard()
-                name = f"{self.split}_{len(self.shards):05d}.bin"
-                self._file = (self.folder / name).open("wb")
-                self.shards.append({"file": name, "tokens": 0})
-            part = array[: self.shard_tokens - self.shards[-1]["tokens"]]
-            self._file.write(part.tobytes())
-            self.shards[-1]["tokens"] += len(part)
-            array = array[len(part) :]
-
-    def close_shard(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def close(self) -> dict[str, Any]:
-        self.close_shard()
-        self._starts.close()
-        return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "shards": self.shards}
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
 
 
-def _place(text: str, seed: int) -> float:
-    """A number in [0, 1) that depends on the text and the seed alone."""
-    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8, key=seed.to_bytes(8, "little")).digest()
-    return int.from_bytes(digest, "little") / 2**64
+class Writer:
+    """One split on its way to the disk. What is there can be cut back, and gone on with."""
 
+    def __init__(self, folder: Path, split: str, dtype: "np.dtype[Any]", shard_tokens: int) -> None:
+        self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
+        self.written = Written()
+        self._files: dict[Path, BinaryIO] = {}
+        self._changed: set[Path] = set()
 
-def _divide(documents: Iterable[Document], val_fraction: float, seed: int) -> Iterator[tuple[str, str]]:
-    """(split, text) of each document: val where its hash is below `val_fraction`, so that more files move none.
+    def _shard(self, index: int) -> Path:
+        return self.folder / f"{self.split}_{index:05d}.bin"
 
-    A corpus too small for that (a split would be empty) gives val its document of smallest hash, or the largest goes
-    to train; of a single document the last `val_fraction` becomes val, cut behind a line end if one is near.
-    """
-    held: list[str] = []
-    seen: set[bool] = set()
-    size = 0
-    rest = iter(documents)
-    for document in rest:
-        held.append(document.text)
-        seen.add(_place(document.text, seed) < val_fraction)
-        size += len(document.text)
-        if len(seen) == 2 or size > HELD_BACK:
-            break
-    else:
-        if not held:
-            raise UserError("the corpus is empty: no file has any text")
-        if len(held) == 1:
-            text = held[0]
-            cut = max(1, min(len(text) - 1, round(len(text) * (1 - val_fraction))))
-            line = text.rfind("\n", cut - len(text) // 100, cut) + 1
-            cut = line or cut
-            if len(text) < 2:
-                raise UserError("the corpus is one character: give more text")
-            yield from (("train", text[:cut]), ("val", text[cut:]))
-            return
-        by_hash = sorted(range(len(held)), key=lambda i: _place(held[i], seed))
-        val = {i for i in by_hash if _place(held[i], seed) < val_fraction} or {by_hash[0]}
-        val -= {by_hash[-1]}
-        for i, text in enumerate(held):
-            yield ("val" if i in val else "train"), text
-        return
-    for text in chain(held, (document.text for document in rest)):
-        yield ("val" if _place(text, seed) < val_fraction else "train"), text
+    @property
+    def _starts(self) -> Path:
+        return self.folder / f"{self.split}_documents.bin"
 
+    def _append(self, path: Path, content: bytes) -> None:
+        if path not in self._files:
+            self._files[path] = path.open("ab")
+        self._files[path].write(content)
+        self._changed.add(path)
 
-def prepare(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    out: str | Path,
-    *,
-    val_fraction: float = 0.05,
-    seed: int = 0,
-    shard_tokens: int = 100_000_000,
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, Any]:
-    """Encodes documents into a folder of token shards, which appears whole or not at all; memory stays flat.
+    def add(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64], size: int, opens: bool = True) -> None:
+        """Appends documents of these lengths in tokens, and of `size` bytes of text together.
 
-    Args:
-        out: folder to make.
-        val_fraction: how much of the documents goes to the validation split, above 0 and below 1.
-        seed: of the division.
-        shard_tokens: tokens in a file at the most.
-        progress: called with the number of documents written so far.
+        Args:
+            opens: False where the tokens belong to the last document.
+        """
+        if opens:
+            starts = self.written.tokens + np.cumsum(lengths) - lengths
+            self._append(self._starts, starts.astype("<u8").tobytes())
+            self.written.documents += len(lengths)
+        self.written.bytes += size
+        while len(tokens):
+            shard, used = divmod(self.written.tokens, self.shard_tokens)
+            part = tokens[: self.shard_tokens - used]
+            self._append(self._shard(shard), part.tobytes())
+            self.written.tokens += len(part)
+            tokens = tokens[len(part) :]
+            if used + len(part) == self.shard_tokens:
+                self._files.pop(self._shard(shard)).close()
 
-    Returns:
-        What meta.json says.
+    def cut(self, to: Written) -> bool:
+        """Cuts what is on the disk back to what there was before; False where there is less."""
+        self.close()
+        sizes = {self._starts: to.documents * 8}
+        for i, tokens in enumerate(self._shard_lengths(to)):
+            sizes[self._shard(i)] = tokens * self.dtype.itemsize
+        for path, size in sizes.items():
+            if size and not (path.is_file() and path.stat().st_size >= size):
+                return False
+        for path in self.folder.glob(f"{self.split}_*.bin"):
+            if path not in sizes:
+                path.unlink()
+                self._changed.discard(path)
+            elif path.stat().st_size > sizes[path]:
+                os.truncate(path, sizes[path])
+                self._changed.add(path)
+        self.written = replace(to)
+        return True
 
-    Raises:
-        UserError: there is no text, `out` exists already, or it cannot be written.
-    """
-    if not 0 < val_fraction < 1:
-        raise UserError(f"--val-fraction must be above 0 and below 1, got {val_fraction}")
-    if not 0 <= seed < 2**64:
-        raise UserError(f"--seed must be at least 0 and below 2^64, got {seed}")
-    if shard_tokens < 1:
-        raise UserError(f"--shard-tokens must be at least 1, got {shard_tokens}")
-    eot = tokenizer.eot_id
-    if eot is None:
-        raise UserError("the tokenizer has no end-of-text token: train one with the special token <|endoftext|>")
-    dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-    with atomic_dir(Path(out)) as folder:
-        writers = {split: _Writer(folder, split, dtype, shard_tokens) for split in SPLITS}
-        done = 0
+    def _shard_lengths(self, of: Written) -> list[int]:
+        whole, rest = divmod(of.tokens, self.shard_tokens)
+        return [self.shard_tokens] * whole + [rest] * bool(rest)
 
-        def write(batch: list[tuple[str, str]]) -> None:
-            encoded = tokenizer.encode_batch([text for _, text in batch])
-            for (split, text), ids in zip(batch, encoded, strict=True):
-                writers[split].add([*ids, eot], len(text.encode("utf-8", "replace")))
+    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """The tokens [start, stop)."""
+        self.close()
+        parts = []
+        while start < stop:
+            shard, used = divmod(start, self.shard_tokens)
+            count = min(stop - start, self.shard_tokens - used)
+            parts.append(np.fromfile(self._shard(shard), self.dtype, count, offset=used * self.dtype.itemsize))
+            start += count
+        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
 
-        batch: list[tuple[str, str]] = []
-        for item in _divide(documents, val_fraction, seed):
-            batch.append(item)
-            if len(batch) == BATCH:
-                write(batch)
-                done += len(batch)
-                batch = []
-                if progress:
-                    progress(done)
-        write(batch)
-        meta: dict[str, Any] = {
-            "format": FORMAT,
-            "dtype": "uint16" if dtype == "<u2" else "uint32",
-            "vocab_size": tokenizer.vocab_size,
-            "tokenizer_hash": tokenizer.hash,
-            "eot_id": eot,
-            "seed": seed,
-            "val_fraction": val_fraction,
-            "splits": {split: writer.close() for split, writer in writers.items()},
-        }
-        for split, part in meta["splits"].items():
-            if not part["tokens"]:
-                raise UserError(f"no document came into the {split} split: change --val-fraction or --seed")
-        tokenizer.save_pretrained(folder)
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    return meta
+    def last_document(self) -> int:
+        """Where the last document starts."""
+        self.close()
+        return int(np.fromfile(self._starts, "<u8", 1, offset=8 * (self.written.documents - 1))[0])
+
+    def rename(self, split: str) -> None:
+        """Makes it another split."""
+        self.close()
+        for path in self.folder.glob(f"{self.split}_*.bin"):
+            path.replace(path.with_name(path.name.replace(self.split, split, 1)))
+        self.split, self._changed = split, set()
+
+    def sync(self) -> None:
+        """Returns when all that was added is on the disk."""
+        for file in self._files.values():
+            file.flush()
+        for path in self._changed:
+            fsync(path)
+        self._changed.clear()
+
+    def close(self) -> None:
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def meta(self) -> dict[str, Any]:
+        """What meta.json says of the split."""
+        shards = [{"file": self._shard(i).name, "tokens": n} for i, n in enumerate(self._shard_lengths(self.written))]
+        return {**asdict(self.written), "shards": shards}
 
 
 class TokenDataset:

@@ -43,10 +43,18 @@ def test_bad_files_stop_or_are_counted(cli, refused, corpus, tmp_path):
     args = ["tokenizer", "train", "--input", corpus, tmp_path, "--vocab-size", 280, "--out", tmp_path / "tok"]
     assert "bad.txt is no UTF-8 text: byte 3 is 0xe9" in refused(*args)
     assert not (tmp_path / "tok").exists()
-    code, text, _ = cli(*args, "--on-error", "skip")
+    code, text, _ = cli(*args, "--skip-bad")
     assert code == 0
     assert "skipped: " in text
     assert "(and 1 more)" in text
+
+
+def test_standard_input_goes_through_a_pipe(process, corpus, tokenizer_dir, tmp_path):
+    args = ["data", "prepare", "--input", "-", "--format", "text", "--tokenizer", tokenizer_dir, "--out"]
+    p = process(*args, tmp_path / "out", stdin=(corpus / "story_0.txt").open())
+    out, err = p.communicate()
+    assert p.returncode == 0, err
+    assert "uint16 shards in" in out
 
 
 def test_what_exists_is_not_overwritten(refused, corpus, shards, tokenizer_dir):
@@ -64,6 +72,8 @@ def test_bad_input_gives_one_line(refused, corpus, tokenizer_dir, tmp_path):
     out = tmp_path / "out"
     prepare = ["data", "prepare", "--tokenizer", tokenizer_dir, "--out", out]
     assert "no such file or folder: " in refused(*prepare, "--input", tmp_path / "none")
+    assert "either --input or --dataset" in refused(*prepare)
+    assert "--workers must be at least 1" in refused(*prepare, "--input", corpus, "--workers", 0)
     (tmp_path / "empty.txt").write_text("")
     assert "the corpus is empty" in refused(*prepare, "--input", tmp_path / "empty.txt")
     assert "no tokenizer at" in refused("data", "prepare", "--input", corpus, "--tokenizer", tmp_path, "--out", out)

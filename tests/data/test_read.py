@@ -1,9 +1,11 @@
 import gzip
 import json
+import re
 
 import pytest
 
-from fastgpt.data import find_files, read_documents
+from fastgpt.data import Corpus, find_files, read_pieces
+from fastgpt.data.documents import Skipped
 from fastgpt.errors import UserError
 
 
@@ -45,7 +47,7 @@ def test_files_and_globs_are_taken_as_named(tree):
 
 
 def test_text_is_read_as_it_is(tree):
-    documents = list(read_documents([tree / "a.txt", tree / "b.txt"]))
+    documents = list(read_pieces([tree / "a.txt", tree / "b.txt"]))
     assert [d.text for d in documents] == ["a\r\nline\r\n", "bee"]
     assert documents[0].name == str(tree / "a.txt")
 
@@ -57,17 +59,18 @@ def test_jsonl_and_gzip(tmp_path):
         file.write(json.dumps({"body": "three"}).encode())
     with gzip.open(tmp_path / "z.txt.gz", "wb") as file:
         file.write("vier ü".encode())
-    assert [(d.name, d.text) for d in read_documents([tmp_path / "x.jsonl"])] == [
+    assert [(d.name, d.text) for d in read_pieces([tmp_path / "x.jsonl"])] == [
         (f"{tmp_path}/x.jsonl:1", "one"),
         (f"{tmp_path}/x.jsonl:3", "two\nlines"),
     ]
-    assert [d.text for d in read_documents([tmp_path / "y.jsonl.gz"], text_key="body")] == ["three"]
-    assert [d.text for d in read_documents([tmp_path / "z.txt.gz"])] == ["vier ü"]
+    corpus = Corpus(input=(f"{tmp_path}/y.jsonl.gz",), text_key="body")
+    assert [d.text for d in read_pieces(corpus)] == ["three"]
+    assert [d.text for d in read_pieces([tmp_path / "z.txt.gz"])] == ["vier ü"]
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
-    assert [d.text for d in read_documents([tmp_path])] == ["hello"]
+    assert [d.text for d in read_pieces([tmp_path])] == ["hello"]
 
 
 @pytest.mark.parametrize(
@@ -85,16 +88,17 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 def test_bad_files_are_named_or_skipped(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     (tmp_path / "good.txt").write_text("good")
-    with pytest.raises(UserError, match=words + ".*--on-error skip"):
-        list(read_documents([tmp_path]))
-    skipped = []
-    texts = [d.text for d in read_documents([tmp_path], on_error="skip", on_skip=skipped.append)]
+    with pytest.raises(UserError, match=words + ".*--skip-bad"):
+        list(read_pieces([tmp_path]))
+    skipped = Skipped()
+    texts = [d.text for d in read_pieces(Corpus(input=(str(tmp_path),), skip_bad=True), skipped=skipped)]
     assert texts[-1] == "good"
-    assert len(skipped) == 1
+    assert skipped.count == 1
+    assert re.search(words, skipped.first)
 
 
 def test_nothing_there(tmp_path):
     with pytest.raises(UserError, match=r"no such file or folder: .*/missing"):
-        list(read_documents([tmp_path / "missing"]))
+        list(read_pieces([tmp_path / "missing"]))
     with pytest.raises(UserError, match=r"no file matches '\*.py'"):
-        list(read_documents([tmp_path], include="*.py"))
+        list(read_pieces(Corpus(input=(str(tmp_path),), include="*.py")))

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,13 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt import Tokenizer
-from fastgpt.data import Document, TokenDataset, prepare, read_documents
+from fastgpt.data import Corpus, Document, TokenDataset, prepare, read_pieces
+from fastgpt.data.shards import Writer
 from fastgpt.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_dir):
     return Tokenizer.from_pretrained(tokenizer_dir)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def without_waiting_for_the_disk():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastgpt.files.fsync", lambda path: None)
+        yield
 
 
 def documents(texts):
@@ -35,7 +44,7 @@ def texts_of(folder, split, tokenizer):
 def test_every_document_comes_back_from_one_split(shards, corpus, tokenizer):
     meta = json.loads((shards / "meta.json").read_text())
     train, val = (texts_of(shards, split, tokenizer) for split in ("train", "val"))
-    assert sorted(train + val) == sorted(d.text for d in read_documents([corpus]))
+    assert sorted(train + val) == sorted(d.text for d in read_pieces([corpus]))
     assert train
     assert val
     for split, found in (("train", train), ("val", val)):
@@ -53,7 +62,7 @@ def test_the_files_are_flat_little_endian(shards):
 
 
 @given(st.lists(st.text("ab \n", min_size=1, max_size=20), min_size=2, max_size=12), st.integers(1, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_shards_of_any_size_hold_the_same_tokens(tokenizer, tmp_path_factory, texts, shard_tokens):
     folder = tmp_path_factory.mktemp("s")
     prepare(documents(texts), tokenizer, folder / "cut", shard_tokens=shard_tokens)
@@ -68,6 +77,35 @@ def test_shards_of_any_size_hold_the_same_tokens(tokenizer, tmp_path_factory, te
             assert cut.file_of(a).name == f"{split}_{a // shard_tokens:05d}.bin"
 
 
+@given(st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size=12), st.data())
+@settings(max_examples=30, deadline=None)
+def test_a_writer_cut_back_goes_on_as_if_nothing_had_been(tmp_path_factory, batches, data):
+    """Each batch is documents of these many tokens."""
+    folder = tmp_path_factory.mktemp("w")
+    direct, cut = (Writer(folder, split, np.dtype("<u2"), 7) for split in ("train", "val"))
+    rng = np.random.default_rng(0)
+
+    def add(writer, lengths, tokens):
+        writer.add(tokens, np.array(lengths, np.int64), 2 * len(tokens))
+
+    for lengths in batches:
+        if data.draw(st.booleans()):
+            before = replace(cut.written)
+            add(cut, [9, 4], np.zeros(13, "<u2"))
+            assert cut.cut(before)
+        tokens = rng.integers(0, 1000, sum(lengths)).astype("<u2")
+        add(direct, lengths, tokens)
+        add(cut, lengths, tokens)
+        cut.sync()
+    assert cut.written == direct.written
+    assert np.array_equal(cut.read(0, cut.written.tokens), direct.read(0, direct.written.tokens))
+    direct.close()
+    assert not cut.cut(replace(cut.written, documents=cut.written.documents + 1))
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.stat().st_size}
+    for name in files:
+        assert files[name] == files[name.replace("val", "train")]
+
+
 def test_large_vocabularies_take_32_bits(tmp_path):
     vocab = {bytes([b]): b for b in range(256)}
     big = Tokenizer(vocab, [], {"<|endoftext|>": 70_000})
@@ -79,7 +117,7 @@ def test_large_vocabularies_take_32_bits(tmp_path):
 
 def test_the_same_input_and_seed_give_the_same_bytes(corpus, tokenizer, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        prepare(read_documents([corpus]), tokenizer, tmp_path / name, seed=seed, val_fraction=0.3)
+        prepare(Corpus(input=(str(corpus),)), tokenizer, tmp_path / name, seed=seed, val_fraction=0.3)
     content = {n: [p.read_bytes() for p in sorted((tmp_path / n).iterdir())] for n in "abc"}
     assert content["a"] == content["b"]
     assert texts_of(tmp_path / "a", "val", tokenizer) != texts_of(tmp_path / "c", "val", tokenizer)
@@ -116,7 +154,7 @@ def test_of_one_document_the_end_is_for_validation(tokenizer, tmp_path):
     ("texts", "options", "words"),
     [
         ([], {}, "the corpus is empty"),
-        (["x"], {}, "one character"),
+        (["x"], {}, "a single token"),
         (["one", "two"], {"val_fraction": 0.0}, "--val-fraction must be above 0"),
         (["one", "two"], {"seed": -1}, "--seed must be"),
         (["one", "two"], {"shard_tokens": 0}, "--shard-tokens must be"),
@@ -136,7 +174,7 @@ def test_a_tokenizer_without_an_end_of_text(tmp_path):
 
 @pytest.fixture
 def own_shards(corpus, tokenizer, tmp_path):
-    prepare(read_documents([corpus]), tokenizer, tmp_path / "data", val_fraction=0.2)
+    prepare(Corpus(input=(str(corpus),)), tokenizer, tmp_path / "data", val_fraction=0.2)
     return tmp_path / "data"
 
 

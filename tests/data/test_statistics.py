@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt import Tokenizer
-from fastgpt.data import Document, prepare, read_documents, statistics
+from fastgpt.data import Corpus, Document, prepare, statistics
 from fastgpt.data.statistics import (
     Shards,
     count_tokens,
@@ -153,7 +153,7 @@ def test_the_picture_is_a_png_and_replaces_nothing(made, tmp_path):
 
 @pytest.fixture
 def own(corpus, tokenizer_dir, tmp_path):
-    prepare(read_documents([corpus]), Tokenizer.from_pretrained(tokenizer_dir), tmp_path / "data", val_fraction=0.2)
+    prepare(Corpus(input=(str(corpus),)), Tokenizer.from_pretrained(tokenizer_dir), tmp_path / "data", val_fraction=0.2)
     return tmp_path / "data"
 
 

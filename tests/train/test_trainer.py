@@ -315,12 +315,12 @@ def test_a_corpus_shorter_than_a_window(shards, tmp_path, refused):
 
 
 def test_a_model_with_another_tokenizer_is_refused(shards, corpus, tmp_path, refused):
-    from fastgpt.data import prepare, read_documents
+    from fastgpt.data import Corpus, prepare
     from fastgpt.tokenizer import Tokenizer
 
     trained = train(config(shards, tmp_path / "run", max_steps=1))
     other = Tokenizer.train(["another text, other merges, " * 50], vocab_size=270)
-    prepare(read_documents([corpus]), other, tmp_path / "data2", val_fraction=0.2)
+    prepare(Corpus(input=(str(corpus),)), other, tmp_path / "data2", val_fraction=0.2)
     line = refused("train", "--data", tmp_path / "data2", "--out", tmp_path / "b", "--init-from", trained.checkpoint)
     assert "prepare the data again" in line
     assert "prepared with another tokenizer" in refused(
