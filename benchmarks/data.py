@@ -1,9 +1,10 @@
-"""Preparing data here against tiktoken alone.
+"""Preparing data here against tiktoken alone, and batches of it against other ways of making them.
 
     python benchmarks/data.py                     # 100 MB of this Python's own sources, on this machine
+    python benchmarks/data.py --parts loaders     # benchmarks/loaders.py alone; on a GPU if there is one
     python benchmarks/data.py --out benchmarks/results
 
-The whole command `fastgpt data prepare`, its start, reading and writing included, beside tiktoken's
+Preparing: the whole command `fastgpt data prepare`, its start, reading and writing included, beside tiktoken's
 `encode_ordinary_batch` on texts that are in memory already, with the same tokenizer and as many threads as the command
 has workers. They take turns, and the ratio is the median of the rounds' ratios of throughput. Memory is the largest
 that was resident, of the command's process and of any of its workers.
@@ -17,24 +18,27 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
+from loaders import Options as LoaderOptions
+from loaders import measure as measure_loaders
 from rich.console import Console
 from rich.table import Table
 
 from fastgpt.bench.environment import Neighbours, environment, machine_name
-from fastgpt.data.encode import cpus
+from fastgpt.cpus import cpus
 from fastgpt.files import atomic_write
 from fastgpt.tokenizer import Tokenizer
 
 
 @dataclass
 class Options:
-    """Preparing data here against tiktoken alone."""
+    """Preparing data here against tiktoken alone, and batches of it against other ways of making them."""
 
+    parts: tuple[Literal["prepare", "loaders"], ...] = ("prepare", "loaders")
     megabytes: int = 100
     """Of text, from the Python installation's and its packages' own sources."""
     rounds: int = 5
@@ -42,6 +46,7 @@ class Options:
     """Of the tokenizer, which is trained on the first megabytes."""
     tokenizer: Path | None = None
     """Folder of a tokenizer to take in place of that."""
+    loaders: LoaderOptions = field(default_factory=LoaderOptions)
     out: Path | None = None
     """Folder of results: writes OUT/MACHINE/data.json."""
 
@@ -156,33 +161,41 @@ def print_prepare(console: Console, rows: list[dict[str, Any]], memory: list[dic
     console.print(table)
 
 
+def measure_prepare(console: Console, options: Options, folder: Path) -> dict[str, Any]:
+    """Prints both tables and returns their rows."""
+    tokenizer = options.tokenizer or folder / "tokenizer"
+    if options.tokenizer is None:
+        Tokenizer.train((text for _, text in sources(10)), options.vocab_size).save_pretrained(tokenizer)
+    rows = prepare_rows(options, tokenizer, folder)
+    memory = memory_rows(tokenizer, folder)
+    print_prepare(console, rows, memory)
+    return {"prepare": rows, "prepare_memory": memory}
+
+
 def main() -> None:
     options = tyro.cli(Options)
     console = Console(soft_wrap=True, highlight=False)
-    with tempfile.TemporaryDirectory() as name, console.status("") as status:
-        folder = Path(name)
-        tokenizer = options.tokenizer or folder / "tokenizer"
-        if options.tokenizer is None:
-            status.update("training a tokenizer")
-            Tokenizer.train((text for _, text in sources(10)), options.vocab_size).save_pretrained(tokenizer)
-        neighbours = Neighbours()
-        status.update(f"preparing and encoding {options.megabytes} MB, {options.rounds} times each")
-        rows = prepare_rows(options, tokenizer, folder)
-        others = neighbours.cores()
-        status.update("memory")
-        memory = memory_rows(tokenizer, folder)
-    print_prepare(console, rows, memory)
+    found: dict[str, Any] = {}
+    neighbours = Neighbours()
+    with tempfile.TemporaryDirectory() as name:
+        if "prepare" in options.parts:
+            with console.status(f"preparing and encoding {options.megabytes} MB, {options.rounds} times each"):
+                found |= measure_prepare(console, options, Path(name))
+        if "loaders" in options.parts:
+            with console.status("making batches"):
+                found |= measure_loaders(console, options.loaders, Path(name))
+    others = neighbours.cores()
     if others is not None and others > 0.2:
         console.print(f"others took {others:.1f} cores meanwhile: measure again when the machine is quiet")
     if options.out is not None:
-        path = options.out / machine_name("cpu") / "data.json"
+        device = "cuda" if "loaders" in options.parts and options.loaders.device == "cuda" else "cpu"
+        path = options.out / machine_name(device) / "data.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         result = {
             "options": {**asdict(options), "tokenizer": str(options.tokenizer or ""), "out": None},
-            "environment": environment("cpu"),
+            "environment": environment(device),
             "cores_of_others": others,
-            "prepare": rows,
-            "prepare_memory": memory,
+            **found,
         }
         atomic_write(path, json.dumps(result, indent=1) + "\n")
         console.print(f"saved {path}")

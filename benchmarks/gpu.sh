@@ -49,6 +49,7 @@ fi
 check benchmarks "$python" -m fastgpt bench kernels --device cuda --out "$out"
 check train "$python" -m fastgpt bench train --device cuda --precision bf16 --batch-size 16 --block-size 1024 \
     --vs nanogpt nanogpt-compile torch-compile --out "$out"
+check loaders "$python" benchmarks/data.py --parts loaders --out "$out"
 if "$python" -c "import peft, transformers" 2>/dev/null; then
     check lora "$python" benchmarks/lora.py --device cuda --precision bf16 --batch-size 8 --block-size 1024 --out "$out"
 fi

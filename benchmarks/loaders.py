@@ -1,16 +1,14 @@
 """Batches from token shards: tokens per second beside two usual ways, and a training step's wait for them.
 
-    python benchmarks/loaders.py                   # on this machine
-
-The shards are random ids in a temporary folder, read once before, so that all of it is in the page cache. All take
-random windows and give inputs and targets as int64 on the CPU: `PackedDataset`; nanoGPT's way (a slice of a memory map
-for each row, made int64, stacked); and torch's DataLoader over `WindowDataset` with two worker processes. They make
-BATCHES batches each in turn, in another order each round; a ratio is the median of the rounds' ratios.
+`benchmarks/data.py` runs this. The shards are random ids in a temporary folder, read once before, so that all of it is
+in the page cache. All take random windows and give inputs and targets as int64 on the CPU: `PackedDataset`; nanoGPT's
+way (a slice of a memory map for each row, made int64, stacked); and torch's DataLoader over `WindowDataset` with two
+worker processes. They make BATCHES batches each in turn, in another order each round; a ratio is the median of the
+rounds' ratios.
 """
 
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -74,6 +71,17 @@ def get_batch(path: Path, B: int, T: int) -> tuple[Tensor, Tensor]:
 def endless(loader: DataLoader[Any]) -> Iterator[Any]:
     while True:
         yield from loader
+
+
+def measure(console: Console, options: Options, folder: Path) -> dict[str, Any]:
+    """Prints both tables and returns their rows."""
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = write_shards(folder, options.tokens)
+    data.tokens(0, len(data)).max()  # into the page cache
+    batches, waits = loader_rows(options, data), wait_rows(options, data)
+    print_loaders(console, options, batches, waits)
+    return {"loaders": batches, "wait": waits}
 
 
 def loader_rows(options: Options, data: TokenDataset) -> list[dict[str, Any]]:
@@ -159,24 +167,15 @@ def wait_rows(options: Options, data: TokenDataset) -> list[dict[str, Any]]:
     ]
 
 
-def main() -> None:
-    options = tyro.cli(Options)
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    console = Console(soft_wrap=True, highlight=False)
-    with tempfile.TemporaryDirectory() as name:
-        data = write_shards(Path(name), options.tokens)
-        data.tokens(0, len(data)).max()  # into the page cache
-        table = Table("", "batch", "tokens/s", f"{OURS} is so many times as fast")
-        for row in loader_rows(options, data):
-            batch = f"{row['batch_size']} x {row['block_size']}"
-            table.add_row(row["what"], batch, f"{row['tokens_per_s'] / 1e6:,.1f} M", f"{row['ratio']:.2f}")
-        console.print(table)
-        waits = Table(f"batches of {options.preset}, {options.device}", "ms per step", "wait of it", "step, as a ratio")
-        for row in wait_rows(options, data):
-            waits.add_row(row["what"], f"{row['step_ms']:.1f}", f"{row['wait']:.3%}", f"{row['ratio']:.3f}")
-        console.print(waits)
-
-
-if __name__ == "__main__":
-    main()
+def print_loaders(
+    console: Console, options: Options, batches: list[dict[str, Any]], waits: list[dict[str, Any]]
+) -> None:
+    table = Table("", "batch", "tokens/s", f"{OURS} is so many times as fast")
+    for row in batches:
+        batch = f"{row['batch_size']} x {row['block_size']}"
+        table.add_row(row["what"], batch, f"{row['tokens_per_s'] / 1e6:,.1f} M", f"{row['ratio']:.2f}")
+    console.print(table)
+    table = Table(f"batches of {options.preset}, {options.device}", "ms per step", "wait of it", "step, as a ratio")
+    for row in waits:
+        table.add_row(row["what"], f"{row['step_ms']:.1f}", f"{row['wait']:.3%}", f"{row['ratio']:.3f}")
+    console.print(table)

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgpt import Tokenizer
-from fastgpt.bench.environment import Neighbours, cores, environment, machine_name
+from fastgpt.bench.environment import Neighbours, environment, machine_name
+from fastgpt.cpus import cpus
 from fastgpt.files import atomic_write
 from fastgpt.tokenizer import CHARACTER, END_OF_TEXT
 
@@ -114,7 +115,7 @@ def in_new_process(name: str, options: Options) -> Trained:
 
 def main() -> None:
     options = tyro.cli(Options)
-    os.environ |= {"RAYON_NUM_THREADS": str(cores()), "TOKENIZERS_PARALLELISM": "true"}
+    os.environ |= {"RAYON_NUM_THREADS": str(cpus()), "TOKENIZERS_PARALLELISM": "true"}
     console = Console(soft_wrap=True, highlight=False)
     megabytes = sum(len(text.encode()) for text in read(options)) / 1e6
     found: dict[str, list[Trained]] = {OURS: [], THEIRS: []}
@@ -139,7 +140,7 @@ def main() -> None:
             "unknown" if peaks[name] is None else f"{(peaks[name] or 0) / 2**20:,.0f} MiB",
             f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})" if name == OURS else "1",
         )
-    console.print(f"{options.vocab_size:,} ids from {megabytes:.1f} MB of text, {cores()} cores, medians of rounds")
+    console.print(f"{options.vocab_size:,} ids from {megabytes:.1f} MB of text, {cpus()} cores, medians of rounds")
     console.print(table)
     console.print(f"the same tokens: {shared:.2%}")
     if others is not None and others > 0.2:

@@ -13,7 +13,6 @@ made stale are passed over when they come up.
 """
 
 import heapq
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -21,6 +20,7 @@ from itertools import pairwise
 
 import regex
 
+from fastgpt.cpus import cpus
 from fastgpt.errors import UserError
 
 try:
@@ -83,10 +83,10 @@ def learn_merges(
     """
     if _bpe is None:
         return train_merges(count_words(texts, PATTERNS[pattern]), merges, byte_ids, progress)
-    if threads is None:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        return _bpe.train(texts, pattern == "cl100k", character_classes(), merges, byte_ids, threads, progress)
+        return _bpe.train(
+            texts, pattern == "cl100k", character_classes(), merges, byte_ids, threads or cpus(), progress
+        )
     except OverflowError as error:
         raise UserError(f"{error}: give fewer texts") from None
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import fastgpt
+from fastgpt.cpus import cpus
 
 
 def device_name(device: str) -> str:
@@ -25,16 +26,11 @@ def device_name(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def machine_name(device: str) -> str:
     """A folder's name: "intel-xeon-2-cores", "nvidia-h200"."""
     name = re.sub(r"\((r|tm|c)\)|@.*|\b\d+-core\b|\bcpu\b|\bprocessor\b", " ", device_name(device).lower())
     if device == "cpu":
-        name += f" {cores()} cores"
+        name += f" {cpus()} cores"
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
@@ -43,7 +39,7 @@ def environment(device: str) -> dict[str, str | int]:
     found: dict[str, str | int] = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device_name": device_name(device),
-        "cores": cores(),
+        "cores": cpus(),
         "threads": torch.get_num_threads(),
         "fastgpt": fastgpt.__version__,
         "torch": torch.__version__,

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.bench.environment import Neighbours, cores, environment, machine_name
+from fastgpt.bench.environment import Neighbours, environment, machine_name
 from fastgpt.bench.kernels import KERNELS, Case, Contender, Where, Work
 from fastgpt.bench.timing import Call, Timed, interleave, peak_bytes
+from fastgpt.cpus import cpus
 from fastgpt.ops import registry
 from fastgpt.train.memory import keep_freed_memory
 
@@ -93,9 +94,9 @@ def measure(op: str, device: str, quick: bool, machine: str | None, say: Callabl
     for case in KERNELS[op](where):
         rows += _rows(op, case, where, notes, say)
     taken = neighbours.cores() or 0.0
-    if taken > BUSY * cores():
+    if taken > BUSY * cpus():
         notes.append(
-            f"busy machine: others took {taken:.1f} of {cores()} cores meanwhile; measure again when it is idle"
+            f"busy machine: others took {taken:.1f} of {cpus()} cores meanwhile; measure again when it is idle"
         )
     used = registry.implementation(op, device)
     return Result(

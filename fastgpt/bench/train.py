@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from fastgpt.bench.environment import Neighbours, cores, environment, machine_name
+from fastgpt.bench.environment import Neighbours, environment, machine_name
 from fastgpt.bench.measure import BUSY
 from fastgpt.bench.train_process import OURS, Job, contender_names, serve
+from fastgpt.cpus import cpus
 from fastgpt.errors import UserError
 from fastgpt.model import GPTConfig
 from fastgpt.train.speed import data_sheet_flops, matmul_flops
@@ -234,9 +235,9 @@ def _compare(results: list[Trained], job: Job, rate: float) -> None:
 def _notes(results: list[Trained], precision: str, taken: float) -> list[str]:
     """What makes figures doubtful: a contender whose losses are not ours does not do the same work."""
     lines = []
-    if taken > BUSY * cores():
+    if taken > BUSY * cpus():
         lines.append(
-            f"busy machine: others took {taken:.1f} of {cores()} cores meanwhile; measure again when it is idle"
+            f"busy machine: others took {taken:.1f} of {cpus()} cores meanwhile; measure again when it is idle"
         )
     for other in results[1:]:
         if other.failed is None:

@@ -65,7 +65,7 @@ def train(
     words = (token.decode("utf-8", "replace") for token in tokenizer.vocab if any(chr(b).isalpha() for b in token))
     longest = sorted(words, key=len)[-6:]
     console.print(
-        f"{tokenizer.vocab_size:,} ids from {size / 1e6:.1f} M characters in {files:,} files, "
+        f"{tokenizer.vocab_size:,} ids from {size / 1e6:.1f} M characters in {files:,} file{'s' * (files != 1)}, "
         f"{time.monotonic() - started:.1f} s; saved in {out}"
     )
     console.print(f"the longest words: {', '.join(map(repr, longest))}", markup=False)

@@ -102,11 +102,6 @@ class Encoder:
         return int.from_bytes(digest, "little") / 2**64
 
 
-def cpus() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def encode(batches: Iterator[Batch], encoder: Encoder, workers: int) -> Generator[Encoded]:
     """Each batch encoded, in order. At most two batches a worker are on their way at a time.
 

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastgpt.cpus import cpus
 from fastgpt.data import read
 from fastgpt.data.documents import Batch, Document, Skipped
-from fastgpt.data.encode import Encoded, Encoder, cpus, encode
+from fastgpt.data.encode import Encoded, Encoder, encode
 from fastgpt.data.read import Corpus, bad_input, batches_of, read_batches
 from fastgpt.data.shards import FORMAT, SPLITS, Writer, Written
 from fastgpt.errors import UserError

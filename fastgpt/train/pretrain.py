@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 from fastgpt.data import PackedDataset, Prefetched, TokenDataset
 from fastgpt.errors import UserError
@@ -96,7 +95,7 @@ def compile_loss(model: GPT, config: TrainConfig) -> Callable[..., Tensor]:
             cu_seqlens = F.pad(cu_seqlens, (0, ids.numel() + 1 - len(cu_seqlens)), value=ids.numel())
         try:
             return compiled(ids, targets, cu_seqlens=cu_seqlens)
-        except TorchDynamoException as error:
+        except torch._dynamo.exc.TorchDynamoException as error:
             first = next(line for line in str(error).splitlines() if line.strip())
             raise UserError(f"--compile does not work here ({first.strip()}): mend that or leave it out") from error
 

@@ -152,7 +152,7 @@ def test_machine_names(monkeypatch):
         "AMD EPYC 9B14 96-Core Processor": "amd-epyc-9b14-2-cores",
         "Intel(R) Core(TM) i7-8550U CPU @ 1.80GHz": "intel-core-i7-8550u-2-cores",
     }
-    monkeypatch.setattr(environment, "cores", lambda: 2)
+    monkeypatch.setattr(environment, "cpus", lambda: 2)
     for name, folder in names.items():
         monkeypatch.setattr(environment, "device_name", lambda _, name=name: name)
         assert machine_name("cpu") == folder
