@@ -1,9 +1,15 @@
+import os
 import random
 import subprocess
 import sys
 
 import pytest
-import torch
+
+# Threads that wait for the next parallel loop by spinning take the cores from the tests of other workers, and from each
+# other: with as many workers as cores the suite took three times as long. OpenMP reads this when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch  # noqa: E402
 
 torch.set_num_threads(2)
 

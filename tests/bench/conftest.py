@@ -1,8 +1,19 @@
+import gc
 import os
 import subprocess
 import sys
 
 import pytest
+
+
+@pytest.fixture
+def little_garbage():
+    """What was imported is not looked through at each of the many collections around a measurement."""
+    import peft  # noqa: F401  a million objects, which would else be imported on the way
+
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
