@@ -9,7 +9,7 @@ import pytest
 # other: with as many workers as cores the suite took three times as long. OpenMP reads this when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(2)
 
