@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-# Threads that wait for the next parallel loop by spinning take the cores from the tests of other workers, and from each
-# other: with as many workers as cores the suite took three times as long. OpenMP reads this when torch loads it.
+# Threads that spin while they wait for the next parallel loop take the cores from other workers and from each other:
+# with as many workers as cores, the tests that train took four times as long. OpenMP reads this when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch

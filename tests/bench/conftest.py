@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture(scope="module")
 def little_garbage():
     """What was imported is not looked through at each of the many collections around a measurement."""
-    import peft  # noqa: F401  a million objects, which would else be imported on the way
+    import peft  # noqa: F401  it would be imported on the way, after the freezing
 
     gc.freeze()
     yield

@@ -150,9 +150,11 @@ def test_dropout_drops_what_the_mask_says():
     assert torch.equal(found["out"][0] > 0, kept)
 
 
-@pytest.mark.parametrize(("T_q", "T_k", "splits"), [(1, 200, 4), (1, 200, 13), (3, 40, 2), (16, 90, 6), (9, 5, 1)])
-def test_columns_split_over_programs(T_q, T_k, splits):
-    tensors = make(1, 2, T_q, T_k, 16)
+@pytest.mark.parametrize(
+    ("B", "T_q", "T_k", "splits"), [(1, 1, 200, 4), (1, 1, 200, 13), (2, 3, 40, 2), (2, 16, 90, 6), (2, 9, 5, 1)]
+)
+def test_columns_split_over_programs(B, T_q, T_k, splits):
+    tensors = make(B, 2, T_q, T_k, 16)
     split, lse = check(tensors, tile=(16, 16), splits=splits)
     whole, lse_whole = kernels(*tensors, tile=(16, 16))
     torch.testing.assert_close(split["out"], whole["out"], atol=1e-6, rtol=1e-5)

@@ -136,7 +136,7 @@ def compiled(arch: int, job: Job) -> dict[str, Any]:
     assert usage
     registers, stack, local = map(int, usage.groups())
     spills = 0
-    if stack or local:  # only then: to disassemble takes longer than to compile
+    if stack or local:  # only then, because disassembling is slow
         spills = len(re.findall(r"\bSTL", cuobjdump("--dump-sass")))
     ptx = kernel.asm["ptx"]
     return {
