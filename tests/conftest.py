@@ -1,11 +1,30 @@
+import os
 import random
+import signal
 import subprocess
 import sys
 
 import pytest
+
+# Threads that spin while they wait for the next parallel loop take the cores from other workers and from each other:
+# with as many workers as cores, the tests that train took four times as long. OpenMP reads this when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 torch.set_num_threads(2)
+# A shell starts what it runs in the background with SIGINT ignored, and so would be what tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests run in one worker, so that what they share is made once; files in their order, which ends with
+    short ones, and not by their numbers of tests, which would end with the longest."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 def pytest_collection_modifyitems(items):

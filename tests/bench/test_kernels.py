@@ -89,6 +89,7 @@ def _tensors(y):
     return [] if y is None else [y] if isinstance(y, Tensor) else list(y)
 
 
+@pytest.mark.usefixtures("little_garbage")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("op", KERNELS)
 def test_every_op_can_be_measured(op, device):

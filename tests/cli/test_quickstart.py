@@ -3,10 +3,13 @@ import re
 import shlex
 
 
-def test_the_whole_way_in_one_command(cli, tmp_path):
-    """On the real corpus, with seconds of training in place of minutes."""
+def test_the_whole_way_in_one_command(cli, tmp_path, monkeypatch):
+    """On the real corpus, with seconds of training in place of minutes, and a model that takes milliseconds a step."""
+    from fastgpt.cli import quickstart
+
+    monkeypatch.setattr(quickstart, "CPU", [*quickstart.CPU, "--preset", "micro"])
     out = tmp_path / "quick"
-    code, text, err = cli("quickstart", "--minutes", "0.1", "--out", out, "--seed", 3)
+    code, text, err = cli("quickstart", "--minutes", "0.05", "--out", out, "--seed", 3)
     assert code == 0, err
     commands = [shlex.split(line)[2:] for line in text.splitlines() if line.startswith("$ fastgpt ")]
     assert [c[0] for c in commands] == ["tokenizer", "data", "train", "eval", "generate"]
@@ -27,8 +30,8 @@ def test_the_whole_way_in_one_command(cli, tmp_path):
     assert meta["vocab_size"] == 4096
     assert meta["splits"]["val"]["documents"] > 10
     # What it prints is what a user can type.
-    assert cli(*commands[3])[0] == 0
-    assert cli(*commands[4])[0] == 0
+    assert cli(*commands[3], "--max-batches", 1)[0] == 0
+    assert cli(*commands[4], "--num-samples", 1)[0] == 0
 
 
 def test_nothing_is_overwritten(refused, tmp_path, monkeypatch):

@@ -1,36 +1,13 @@
-"""Attention's Triton kernels under Triton's interpreter: runs interpreted_attention.py in a process of its own.
+"""Attention's Triton kernels under Triton's interpreter: interpreted_attention.py."""
 
-Triton reads the variable when a kernel is defined, and what it changes is the whole process's.
-"""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import numpy as np
 import pytest
-
-triton = pytest.importorskip("triton")
-
-
-def interpret(*options):
-    if triton.__version__.startswith("3.6") and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
-        pytest.skip("the interpreter of Triton 3.6 fails on loops with numpy 2.4")
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, *options, Path(__file__).with_name("interpreted_attention.py")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+from interpreter import interpret
 
 
 def test_kernels():
-    interpret()
+    interpret("interpreted_attention.py")
 
 
 @pytest.mark.slow
 def test_kernels_at_the_lengths_that_the_trusted_libraries_use():
-    interpret("-m", "slow")
+    interpret("interpreted_attention.py", "-m", "slow")

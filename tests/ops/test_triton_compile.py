@@ -38,6 +38,8 @@ def check(rows, arch):
             few_rows = row["tile"][row["kernel"].endswith("kv")] < 64  # wgmma has 64 rows
             instruction = {80: "mma", 90: "mma" if few_rows else "wgmma", 100: "mma" if few_rows else "tcgen05"}[arch]
             assert row[instruction] > 0, row
+        if row["kernel"] == "cross_entropy_rows":
+            assert row["wide_loads"] >= 2, row
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])

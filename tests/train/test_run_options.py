@@ -1,6 +1,7 @@
 """The options of a run that change how a step is made: optimizer, schedule, precision, recomputing, compiling."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -166,7 +167,8 @@ def test_without_a_compiler_there_is_one_line(shards, tmp_path, process):
     out = tmp_path / "run"
     given = {**SMALL, "compile": None}
     args = [part for k, v in given.items() for part in ("--" + k.replace("_", "-"), *([] if v is None else [str(v)]))]
-    p = process("train", "--data", shards, "--out", out, *args, env={"PATH": "/nowhere", "CXX": "no-such-compiler"})
+    without = {**os.environ, "PATH": "/nowhere", "CXX": "no-such-compiler"}
+    p = process("train", "--data", shards, "--out", out, *args, env=without)
     _, err = p.communicate(timeout=120)
     assert p.returncode == 2, err
     assert err.startswith("fastgpt: error: --compile does not work here (")

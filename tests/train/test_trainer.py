@@ -1,5 +1,6 @@
 import json
 import resource
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -199,6 +200,14 @@ def test_a_full_disk_loses_nothing(shards, tmp_path, process, cli):
     assert "finished at step 6" in text
 
 
+@pytest.fixture(scope="module")
+def six_steps(shards, tmp_path_factory):
+    """A run with checkpoints of steps 3 and 6. Read only."""
+    out = tmp_path_factory.mktemp("six") / "run"
+    train(config(shards, out, max_steps=6))
+    return out
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -210,16 +219,16 @@ def test_a_full_disk_loses_nothing(shards, tmp_path, process, cli):
     ],
     ids=["truncated", "missing", "broken-manifest", "no-manifest", "flipped"],
 )
-def test_a_damaged_checkpoint_is_named_and_the_older_one_still_works(shards, tmp_path, refused, cli, damage, words):
+def test_a_damaged_checkpoint_is_named_and_the_older_one_still_works(six_steps, tmp_path, refused, cli, damage, words):
     out = tmp_path / "run"
-    train(config(shards, out, max_steps=6))
+    shutil.copytree(six_steps, out)
     damage(out / "checkpoints/step_6")
     line = refused("train", "--out", out, "--resume")
     assert words in line
     assert f"{out}/checkpoints/step_6 is damaged" in line
     assert "go on from step 3" in line
     (out / "checkpoints/step_6").rename(tmp_path / "damaged")
-    code, text, _ = cli("train", "--out", out, "--resume")
+    code, text, _ = cli("train", "--out", out, "--resume", "--max-steps", 4)
     assert code == 0
     assert "step_3" in text
 

@@ -49,7 +49,9 @@ bool ordered(const Access& before, bool shared) {
   for (const auto& r : regions) {
     if (r->begin <= a && (!near || r->begin > near->begin)) near = r.get();
   }
-  if (dynamic_region.begin <= a && a < dynamic_region.end + 4096) near = &dynamic_region;
+  if (dynamic_region.begin <= a && a < dynamic_region.end + 4096 && (!near || near->begin < dynamic_region.begin)) {
+    near = &dynamic_region;  // where no tensor lies between
+  }
   for (const auto& v : statics) {
     if (v->region.begin <= a && a < v->region.end + kGap) near = &v->region;
   }
