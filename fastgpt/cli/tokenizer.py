@@ -55,11 +55,11 @@ def train(
                 size += len(document.text)
                 reading(size)
                 yield document.text
+        if not size:
+            raise skipped.nothing_left()
 
     with counter(console, "merging", "merges", vocab_size - 256 - len(special_tokens)) as merging:
         tokenizer = Tokenizer.train(texts(), vocab_size, special_tokens, merging, pattern)
-    if not size:
-        raise UserError("the corpus is empty: no file has any text")
     tokenizer.save_pretrained(out)
     skipped_line(console, skipped)
     words = (token.decode("utf-8", "replace") for token in tokenizer.vocab if any(chr(b).isalpha() for b in token))

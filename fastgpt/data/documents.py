@@ -60,6 +60,11 @@ class Skipped:
         self.first = self.first or reason
         self.count += count
 
+    def nothing_left(self) -> UserError:
+        """What to raise where the corpus has no text beside what was passed over."""
+        skipped = f"; skipped {self.count:,}, the first: {self.first}" if self.count else ""
+        return UserError(f"the corpus is empty: no file has any text{skipped}")
+
 
 def decoded(batch: Batch, text_key: str) -> Iterator[Document | UserError]:
     """Each document of a batch, or what is wrong with it. Empty ones, and null, are passed over; a piece is not."""

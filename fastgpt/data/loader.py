@@ -29,11 +29,7 @@ def read_windows(data: TokenDataset, starts: Sequence[int], length: int) -> Tens
     block = data.windows(starts, length)
     if block.max() >= data.meta["vocab_size"]:
         row = int(block.max(axis=1).argmax())
-        shard = data.file_of(starts[row] + int(block[row].argmax()))
-        raise UserError(
-            f"the shard {shard} holds the id {block.max():,}, but its vocabulary has {data.meta['vocab_size']:,}: "
-            "it is damaged; prepare the data again"
-        )
+        raise data.damaged(starts[row] + int(block[row].argmax()))
     return torch.from_numpy(block.astype(np.int64))
 
 

@@ -319,7 +319,7 @@ class _Work:
             self._release(val)
         documents = [writer.written.documents for writer in self.writers.values()]
         if not any(documents):
-            raise UserError("the corpus is empty: no file has any text")
+            raise self.skipped.nothing_left()
         if not all(documents):
             self._fill_empty_split(single=sum(documents) == 1)
         self.close()

@@ -220,6 +220,14 @@ class TokenDataset:
         """The shard that holds a token."""
         return self.folder / self.files[bisect_right(self._ends, position)]
 
+    def damaged(self, position: int) -> UserError:
+        """What to raise for the token there, which is outside of the vocabulary."""
+        found = self.tokens(position, position + 1)[0]
+        return UserError(
+            f"the shard {self.file_of(position)} holds the id {found:,}, but its vocabulary has "
+            f"{self.meta['vocab_size']:,}: it is damaged; prepare the data again"
+        )
+
     @property
     def document_starts(self) -> npt.NDArray[np.uint64]:
         """Where each document starts, in tokens, through a memory map.

@@ -106,10 +106,6 @@ def document_lengths(data: TokenDataset) -> Lengths:
         if first + BLOCK >= len(starts):
             block = np.append(block, len(data))
         lengths = np.diff(block) - 1
-        if lengths.min() < 0 or (first == 0 and block[0] != 0):
-            raise UserError(
-                f"{data.folder / f'{data.split}_documents.bin'} does not match the shards: prepare the data again"
-            )
         shortest, longest = min(shortest, int(lengths.min())), max(longest, int(lengths.max()))
         counts += np.bincount(np.frexp(np.maximum(lengths, 1))[1] - 1, minlength=len(counts))
         sample.append(lengths[-first % step :: step])
@@ -157,10 +153,7 @@ def count_tokens(data: TokenDataset) -> TokenCounts:
         start = i * every // blocks * BLOCK
         block = data.tokens(start, min(start + BLOCK, len(data)))
         if block.max() >= vocab_size:
-            raise UserError(
-                f"the shard {data.file_of(start + int(block.argmax()))} holds the id {block.max():,}, but its "
-                f"vocabulary has {vocab_size:,}: it is damaged; prepare the data again"
-            )
+            raise data.damaged(start + int(block.argmax()))
         counts += np.bincount(block, minlength=vocab_size)
     return TokenCounts(counts, int(counts.sum()), blocks)
 

@@ -76,10 +76,18 @@ def test_bad_input_gives_one_line(refused, corpus, tokenizer_dir, tmp_path):
     assert "--workers must be at least 1" in refused(*prepare, "--input", corpus, "--workers", 0)
     (tmp_path / "empty.txt").write_text("")
     assert "the corpus is empty" in refused(*prepare, "--input", tmp_path / "empty.txt")
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    train = ["tokenizer", "train", "--vocab-size", "300", "--out", tmp_path / "tok"]
+    for command in (prepare, train):
+        assert "is empty: no file has any text; skipped 1, the first" in refused(
+            *command, "--input", tmp_path / "bad.txt", "--skip-bad"
+        )
     assert "no tokenizer at" in refused("data", "prepare", "--input", corpus, "--tokenizer", tmp_path, "--out", out)
     assert not out.exists()
     train = ["tokenizer", "train", "--out", out, "--vocab-size", 300]
-    assert "only enough for 257 ids" in refused(*train, "--input", tmp_path / "empty.txt")
+    assert "the corpus is empty" in refused(*train, "--input", tmp_path / "empty.txt")
+    (tmp_path / "short.txt").write_text("ab")
+    assert "only enough for 258 ids" in refused(*train, "--input", tmp_path / "short.txt")
     assert "no such file" in refused(*train, "--input", tmp_path / "none")
 
 

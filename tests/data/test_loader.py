@@ -28,6 +28,9 @@ class Counting(TokenDataset):
         assert all(0 <= start <= self.count - length for start in starts)
         return np.stack([np.arange(start, start + length, dtype=np.uint32) for start in starts])
 
+    def tokens(self, start, stop):
+        return self.windows([start], stop - start)[0]
+
     def file_of(self, position):
         return f"shard_of_{position}"
 

@@ -4,6 +4,7 @@ import shutil
 import threading
 import time
 from dataclasses import replace
+from statistics import median
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from test_trainer import config, losses, stop_at, weights
 from fastgpt import Tokenizer
 from fastgpt.data import Document, Prefetched, prepare
 from fastgpt.errors import UserError
-from fastgpt.train import TrainConfig, Trainer, metrics, open_run, train
+from fastgpt.train import TrainConfig, Trainer, metrics, open_run, train, trainer
 from fastgpt.train.pretrain import Pretraining
 
 SMALL = {"max_steps": 6, "save_interval": 3, "eval_interval": 6, "eval_batches": 1, "batch_size": 2, "sample_tokens": 0}
@@ -57,15 +58,17 @@ def test_a_shard_that_is_cut_short_ends_the_run_in_one_line_and_no_thread_stays(
     threads = threading.active_count()
     task = Pretraining(config(data, tmp_path / "run", **SMALL), None)
     task.prefetched = Prefetched(task._read_batch, task.train_data)
-    trainer = Trainer(task.config, task, None)
+    run = Trainer(task.config, task, None)
     (data / "train_00000.bin").write_bytes(b"")
     with pytest.raises(UserError, match=r"train_00000.bin was cut short while it was in use"):
-        trainer.run()
+        run.run()
     assert threading.active_count() == threads
 
 
 def test_the_wait_for_data_is_recorded_and_told(shards, tmp_path, monkeypatch, capsys):
-    train(config(shards, tmp_path / "quick", **SMALL))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "WORTH_TELLING", 1.0)  # a busy machine can make any wait long
+        train(config(shards, tmp_path / "quick", **SMALL))
     assert "waited for data" not in capsys.readouterr().out
     plain = Pretraining.next_batch
 
@@ -81,7 +84,7 @@ def test_the_wait_for_data_is_recorded_and_told(shards, tmp_path, monkeypatch, c
         for n in ("quick", "slow")
     )
     assert len(quick) == len(waits) == 6
-    assert max(quick) < min(waits) <= max(waits) <= 1
+    assert median(quick) < median(waits) <= max(waits) <= 1
 
 
 @pytest.fixture(scope="module")
