@@ -8,6 +8,7 @@ fastgpt/_bpe.*.so, the BPE trainer, is a pybind11 module of the Python that buil
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -64,16 +65,26 @@ def ops() -> Extension | None:
     )
 
 
-def bpe() -> Extension | None:
+def pybind11_headers() -> str | None:
+    """pybind11's own folder of them, else the copy that torch brings for extensions."""
     try:
         import pybind11
     except ImportError:
+        spec = find_spec("torch")
+        copy = Path(spec.origin).parent / "include" if spec and spec.origin else Path()
+        return str(copy) if (copy / "pybind11").is_dir() else None
+    return pybind11.get_include()
+
+
+def bpe() -> Extension | None:
+    include = pybind11_headers()
+    if include is None:
         skip("pybind11 is not installed here (install it first, then fastgpt)", "fastgpt._bpe")
         return None
     return Extension(
         "fastgpt._bpe",
         sorted(str(p) for p in Path("csrc/bpe").glob("*.cpp")),
-        include_dirs=[pybind11.get_include()],
+        include_dirs=[include],
         depends=sorted(str(p) for p in Path("csrc/bpe").glob("*.h")),
         extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", "-pthread", "-g0"],
         extra_link_args=["-pthread"],
