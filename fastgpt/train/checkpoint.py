@@ -92,6 +92,9 @@ def remove_unfinished(run: Path) -> None:
     """Removes what a killed run left half-written."""
     for folder in (run / "checkpoints").glob("step_*.tmp-*"):
         shutil.rmtree(folder, ignore_errors=True)
+    for file in run.glob("*.tmp-*"):
+        if file.is_file():
+            file.unlink()
 
 
 def newest(run: Path) -> tuple[int, Path] | None:

@@ -244,11 +244,13 @@ def test_a_half_written_checkpoint_does_not_count(shards, tmp_path):
     train(config(shards, out, max_steps=3))
     (out / "checkpoints/step_9.tmp-123").mkdir()
     (out / "checkpoints/step_9.tmp-123/model.safetensors").write_bytes(b"half")
+    (out / "config.json.tmp-123").write_text("half")
     assert checkpoint.newest(out)[0] == 3
     saved = TrainConfig.load(out)
     saved.resume = True
     train(saved)
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step_3"]
+    assert not list(out.glob("*.tmp-*"))
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(shards, tmp_path):
