@@ -401,7 +401,10 @@ def _dataset_texts(corpus: Corpus) -> Iterator[str]:
     except UserError:
         raise
     except Exception as error:  # of many kinds, from as many libraries
-        raise UserError(f"the dataset {name} cannot be read: {_line(error)}") from error
+        raise UserError(
+            f"the dataset {name} cannot be read: {_line(error)}; "
+            "check its name, --dataset-config, --dataset-split and the network"
+        ) from error
 
 
 class _Zstd(io.RawIOBase):
