@@ -44,6 +44,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.asked.append(self.headers["Range"])
         if self.server.failures:
             return self.send_error(self.server.failures.pop(0))
+        if self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/file")
+            return self.end_headers()
         if (content := self.server.files.get(self.path[1:])) is None:
             return self.send_error(404)
         start = int(self.headers["Range"][6:-1]) if self.headers["Range"] and self.server.ranges else 0
@@ -111,6 +115,12 @@ def test_cut_connections_are_gone_on_with(server, tmp_path):
     assert download(remote(server.url()), tmp_path)
     assert (tmp_path / "data.bin").read_bytes() == CONTENT
     assert server.asked == [None, "bytes=100000-", "bytes=170000-"]
+
+
+def test_a_redirection_keeps_the_range(server, tmp_path):  # the Hub's, to where the weights are
+    (tmp_path / ".data.bin.part").write_bytes(CONTENT[:100_000])
+    assert download(remote(server.url("moved")), tmp_path)
+    assert server.asked == ["bytes=100000-"] * 2
 
 
 def test_the_next_call_goes_on_where_the_last_one_was_cut(server, tmp_path):
