@@ -220,9 +220,7 @@ def _receive_once(file: RemoteFile, part: Path, progress: Progress | None) -> No
     try:
         response = urlopen(Request(file.url, headers={"Range": f"bytes={start}-"} if start else {}), timeout=TIMEOUT)
     except HTTPError as error:
-        if (
-            start and error.code == 416
-        ):  # nothing is behind what is there: stopped between the last byte and the checksum
+        if start and error.code == 416:  # it was stopped between the last byte and the checksum
             return
         raise
     with response:
