@@ -22,6 +22,7 @@ COMMANDS = {
     ),
     "tokenizer train": ("tokenizer:train", "train a byte-level BPE on text files"),
     "tokenizer show": ("tokenizer:show", "show how a text splits into tokens, by one tokenizer or by several"),
+    "data download": ("data:download", "get a public text, data set or model that the lessons use; alone, list them"),
     "data prepare": ("data:prepare", "turn text files into token shards"),
     "data show": ("data:show", "show what token shards hold: documents, lengths, tokens, the text of a window"),
     "train": ("train:train", "train a GPT on token shards, or resume a run"),

@@ -1,4 +1,4 @@
-"""fastgpt data prepare, fastgpt data show"""
+"""fastgpt data download, fastgpt data prepare, fastgpt data show"""
 
 import time
 from pathlib import Path
@@ -8,8 +8,9 @@ from rich.table import Table
 
 from fastgpt import data as token_data
 from fastgpt.cli.colours import frequency_table, token_text
-from fastgpt.cli.progress import encoding, skipped_line
+from fastgpt.cli.progress import encoding, receiving, skipped_line
 from fastgpt.data import TokenDataset
+from fastgpt.data import download as sets
 from fastgpt.data.documents import Skipped
 from fastgpt.data.read import Corpus
 from fastgpt.data.statistics import (
@@ -24,6 +25,32 @@ from fastgpt.data.statistics import (
 )
 from fastgpt.errors import UserError
 from fastgpt.tokenizer import Tokenizer
+
+
+def download(name: str | None = None, /, *, out: Path | None = None) -> None:
+    """Get a public text, data set or model that the lessons use, checked by its SHA-256; without a name, list them.
+
+    Stopped before its end, it goes on where it was when it is run again. What is there already is not fetched again.
+
+    Args:
+        name: One of the list.
+        out: Folder for its files; data/NAME if not given.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    if name is None:
+        table = Table("name", "size", "for", "licence")
+        for each, files in sets.SETS.items():
+            table.add_row(each, f"{files.size / 1e6:.1f} MB", files.purpose, files.licence)
+        console.print(table)
+        return
+    wanted = sets.remote_set(name)
+    folder = out or Path("data") / name
+    console.print(f"{name}: {wanted.purpose}\nlicence: {wanted.licence}", markup=False)
+    for file in wanted.files:
+        with receiving(console) as count:
+            received = sets.download(file, folder, count)
+        how = "received" if received else "was there"
+        console.print(f"{folder / file.name}: {how}, {file.size / 1e6:.1f} MB, SHA-256 checked", markup=False)
 
 
 def prepare(

@@ -6,7 +6,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 if TYPE_CHECKING:
     from fastgpt.data.documents import Skipped
@@ -47,6 +55,23 @@ def encoding(console: Console) -> Iterator[Callable[["PrepareProgress"], None]]:
             megabytes, tokens = (p.done.bytes - p.before.bytes) / 1e6, (p.done.tokens - p.before.tokens) / 1e6
             rates = f"{megabytes / seconds:.1f} MB/s, {tokens / seconds:.2f} M tokens/s"
             status.update(f"encoding: {p.done.documents:,} documents, {p.done.tokens:,} tokens, {rates}")
+
+        yield count
+
+
+@contextmanager
+def receiving(console: Console) -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar for each file on a terminal, with speed and time left: the `progress` of `fastgpt.data.download`."""
+    columns = [BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()]
+    bars: dict[str, TaskID] = {}
+    with Progress(
+        TextColumn("{task.description}"), *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+
+        def count(name: str, received: int, total: int | None) -> None:
+            if name not in bars:  # from where it resumes, which was not received at any speed
+                bars[name] = progress.add_task(name, completed=received)
+            progress.update(bars[name], completed=received, total=total)
 
         yield count
 
