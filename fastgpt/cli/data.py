@@ -34,7 +34,7 @@ def download(name: str | None = None, /, *, out: Path | None = None) -> None:
 
     Args:
         name: One of the list.
-        out: Folder for its files; data/NAME if not given.
+        out: Folder for its files; downloads/NAME if not given.
     """
     console = Console(highlight=False, soft_wrap=True)
     if name is None:
@@ -44,7 +44,7 @@ def download(name: str | None = None, /, *, out: Path | None = None) -> None:
         console.print(table)
         return
     wanted = sets.remote_set(name)
-    folder = out or Path("data") / name
+    folder = out or Path("downloads") / name
     console.print(f"{name}: {wanted.purpose}\nlicence: {wanted.licence}", markup=False)
     for file in wanted.files:
         with receiving(console) as count:

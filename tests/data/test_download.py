@@ -301,9 +301,9 @@ def test_the_command_downloads_all_files_of_a_set(server, cli, refused, tmp_path
     code, out, _ = cli("data", "download", "letters")
     assert code == 0
     assert "licence: CC0" in out
-    assert "data/letters/a.txt: received" in out
-    assert {path.name: path.read_bytes() for path in (tmp_path / "data" / "letters").iterdir()} == files
-    assert "data/letters/b.txt: was there" in cli("data", "download", "letters")[1]
+    assert "downloads/letters/a.txt: received" in out
+    assert {path.name: path.read_bytes() for path in (tmp_path / "downloads" / "letters").iterdir()} == files
+    assert "downloads/letters/b.txt: was there" in cli("data", "download", "letters")[1]
     del server.files["b.txt"]
     assert f"or put that file at {Path('elsewhere/b.txt')}" in refused(
         "data", "download", "letters", "--out", "elsewhere"
