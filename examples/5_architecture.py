@@ -28,10 +28,8 @@ gpt, block = model.transformer, model.transformer.h[0]
 x = start = ops.embedding(ids, gpt.wte.weight, gpt.wpe.weight)  # (1, T, C)
 norm = block.ln_1(x)
 print(f"\nOne block by hand. In come {x.size(1)} tokens, a row of {x.size(2)} numbers each: {tuple(x.shape)}.")
-print("LayerNorm: every row to mean 0 and deviation 1, so that each part is given numbers of one size. The first row:")
-for when, row in (("before", x[0, 0]), ("after", norm[0, 0])):
-    numbers = ", ".join(f"{v:+.2f}" for v in row[:5].tolist())
-    print(f"  {when:6} mean {row.mean():+.3f}, deviation {row.std():.3f}: {numbers}, ...")
+print("LayerNorm: every row to mean 0 and deviation 1, so that each part is given numbers of one size. The first row's")
+print(f"  deviation was {x[0, 0].std():.3f} and is {norm[0, 0].std():.3f}.")
 x = x + block.attn(norm, None, None)
 print("Attention: each token takes from those before it. What it finds is added to what came in: that is a shortcut.")
 wide = block.mlp.c_fc.without_bias(block.ln_2(x))  # (1, T, 4 C)
@@ -88,9 +86,12 @@ for name, writer in (("Untrained", model), ("Trained", trained)):
 deep = GPT(GPTConfig(vocab_size=1000, n_positions=64, n_embd=128, n_layer=24, n_head=4)).double().transformer
 for part in deep.modules():
     if isinstance(part, torch.nn.Linear):
-        part.weight *= 10  # of what they start as, so that 24 blocks show what more of them would do
+        part.weight *= 10  # 24 blocks then show what many more would do
 figure = Figure((11, 4.5), dpi=110, layout="constrained")
 size, alike = figure.subplots(1, 2)
+print(
+    "\n24 blocks whose weights are ten times as large as they start, with and without their LayerNorms and shortcuts:"
+)
 for label in ("as in GPT-2", "no LayerNorm", "no shortcuts", "neither"):
     norms, shortcuts = label in ("as in GPT-2", "no shortcuts"), label in ("as in GPT-2", "no LayerNorm")
     x = deep.wte(torch.arange(64)[None]) + deep.wpe.weight  # 64 tokens, all different
@@ -101,6 +102,7 @@ for label in ("as in GPT-2", "no LayerNorm", "no shortcuts", "neither"):
         rows = torch.nn.functional.normalize(x[0], eps=0)
         sizes.append(x.std().item())
         likenesses.append((rows @ rows.T).mean().item())
+    print(f"  {label:13} the numbers have deviation {sizes[-1]:8.2g}, two tokens' rows are {likenesses[-1]:4.0%} alike")
     size.semilogy(range(1, 25), sizes, label=label)
     alike.plot(range(1, 25), likenesses)
 size.set(title="How large the numbers are (standard deviation)", xlabel="block")
@@ -108,4 +110,4 @@ alike.set(title="How alike the tokens' rows are (1: all the same)", xlabel="bloc
 figure.legend(loc="outside lower center", ncols=4, frameon=False)
 picture = args.out / "5_architecture.png"
 figure.savefig(picture)
-print(f"\n{picture} shows 24 blocks with and without LayerNorm and shortcuts.")
+print(f"{picture} shows it block by block.")

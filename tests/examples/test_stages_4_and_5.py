@@ -56,6 +56,10 @@ def test_the_parts_of_a_block_and_the_sizes(stage):
     guessing = float(re.search(r"= (\S+)\)\. It writes", told)[1])
     assert abs(untrained - guessing) < 0.3
     assert trained < untrained
+    kinds = re.findall(r"deviation +(\S+), .* (\d+)% alike", told)
+    (gpt2, gpt2_alike), (no_norm, _), (_, no_shortcut_alike), (neither, _) = [(float(a), int(b)) for a, b in kinds]
+    assert neither < 1e-3 < gpt2 < 100 < no_norm
+    assert gpt2_alike < 95 < no_shortcut_alike
     assert is_picture(picture)
 
 
