@@ -89,9 +89,7 @@ for part in deep.modules():
         part.weight *= 10  # 24 blocks then show what many more would do
 figure = Figure((11, 4.5), dpi=110, layout="constrained")
 size, alike = figure.subplots(1, 2)
-print(
-    "\n24 blocks whose weights are ten times as large as they start, with and without their LayerNorms and shortcuts:"
-)
+print("\n24 blocks, their weights ten times as large as they start, with and without LayerNorms and shortcuts:")
 for label in ("as in GPT-2", "no LayerNorm", "no shortcuts", "neither"):
     norms, shortcuts = label in ("as in GPT-2", "no shortcuts"), label in ("as in GPT-2", "no LayerNorm")
     x = deep.wte(torch.arange(64)[None]) + deep.wpe.weight  # 64 tokens, all different
