@@ -1,0 +1,71 @@
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    """Runs a stage's script in its shortest form, in a folder without a quickstart -> (exit code, stdout, stderr)."""
+    folder = tmp_path_factory.mktemp("stages")
+
+    def run(name, text=argparse.__file__):
+        command = [sys.executable, ROOT / f"examples/{name}.py", "--text", text, "--quick", "--out", "out"]
+        done = subprocess.run(
+            command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        return done.returncode, done.stdout, done.stderr, folder / "out" / f"{name}.png"
+
+    return run
+
+
+def is_picture(path):
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
+
+
+def differences(told, before, after):
+    return [float(number) for number in re.findall(f"{before}(\\S+){after}", told)]
+
+
+def test_each_step_of_attention_is_the_library_s(stage):
+    code, told, error, picture = stage("4_attention")
+    assert code == 0, error
+    found = differences(told, "at most ", " from")
+    assert len(found) == 7
+    assert max(found) < 1e-5
+    assert re.search(r"5\. Dropout.* [1-9]\d* of 400 weights", told)
+    assert is_picture(picture)
+
+
+def test_the_parts_of_a_block_and_the_sizes(stage):
+    code, told, error, picture = stage("5_architecture")
+    assert code == 0, error
+    assert max(differences(told, "difference is ", " at most")) < 1e-5
+    for millions in ("124.4", "354.8", "774.0", "1557.6"):
+        assert re.search(rf"^gpt2.* {millions} \|", told, re.MULTILINE)
+    C, *widths, V = (int(width) for width in re.findall(r"\(1, 16, (\d+)\)", told))
+    assert widths == [C, C, 3 * C, C, 4 * C, C, C]
+    assert f"ln({V})" in told
+    untrained, trained = (float(x) for x in re.findall(r"rained, loss (\S+)", told))
+    guessing = float(re.search(r"= (\S+)\)\. It writes", told)[1])
+    assert abs(untrained - guessing) < 0.3
+    assert trained < untrained
+    kinds = re.findall(r"deviation +(\S+), .* (\d+)% alike", told)
+    (gpt2, gpt2_alike), (no_norm, _), (_, no_shortcut_alike), (neither, _) = [(float(a), int(b)) for a, b in kinds]
+    assert neither < 1e-3 < gpt2 < 100 < no_norm
+    assert gpt2_alike < 95 < no_shortcut_alike
+    assert is_picture(picture)
+
+
+@pytest.mark.parametrize("name", ["4_attention", "5_architecture"])
+def test_a_text_that_is_not_there_is_named_in_one_line(stage, name):
+    code, _, error, _ = stage(name, text="nowhere.txt")
+    assert code
+    assert "nowhere.txt" in error
+    assert error.count("\n") == 1
