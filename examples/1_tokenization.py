@@ -33,18 +33,16 @@ args = parse(__doc__)
 own, data, _ = quickstart_or_small(args)
 
 print(f"\n1. Learning to cut, on one sentence: {SENTENCE!r}")
-print(
-    "At first each byte is a token: here, each letter and each space, shown as a dot. The two that stand side by side"
-)
+print("At first each byte is a token: here, each letter and each space, shown as a dot. The two that are side by side")
 print("most often become a new token, and so again and again. No token goes from one word into the next.")
 learnt = Tokenizer.train([SENTENCE], 257)  # 256 bytes, and a token that ends texts
-print(f"  at first:           {show(learnt, learnt.encode(SENTENCE))}")
+print(f"  at first:             {show(learnt, learnt.encode(SENTENCE))}")
 for new in range(256, 262):
     learnt = Tokenizer.train([SENTENCE], new + 2)
     left, right = (show(learnt, [learnt.vocab[part]]) for part in learnt.merges[-1])
     print(f"  {left:>3} + {right:2} becomes {new}: {show(learnt, learnt.encode(SENTENCE))}")
 print(
-    f"{len(SENTENCE)} tokens are {len(learnt.encode(SENTENCE))} now. Any text is cut by the same merges, in that order."
+    f"{len(SENTENCE)} tokens are {len(learnt.encode(SENTENCE))} now. Any text is cut by the same merges, in this order."
 )
 
 texts = {"code": CODE, "English": ENGLISH}
@@ -59,9 +57,7 @@ for word in ("naïve", "数学", "😀"):
     print(f"  {word} = {show(own, own.encode(word))} = {own.encode(word)}")
 
 english = Tokenizer.train(topics.values(), own.vocab_size)
-print(
-    f"\n3. Another with {own.vocab_size:,} ids, learnt from Python's help texts. Each is best at what it learnt from:"
-)
+print(f"\n3. Another of {own.vocab_size:,} ids, learnt from Python's help texts. Each is best at what it learnt from:")
 for kind, sample in texts.items():
     a, b = split_text(own, sample), split_text(english, sample)
     print(f"  {kind}, {a.bytes} bytes: {len(a.ids)} tokens by the run's ({a.bytes_per_token:.2f} bytes each), ", end="")
