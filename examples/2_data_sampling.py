@@ -55,7 +55,8 @@ print("\n4. Several windows are learnt from at once, in a random order: a batch.
 loader = DataLoader(WindowDataset(train, T, T), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(0))
 inputs, targets = next(iter(loader))
 print(
-    f"  inputs {tuple(inputs.shape)}, targets {tuple(targets.shape)}; all of it once, an epoch, is {len(loader):,} batches"
+    f"  inputs {tuple(inputs.shape)}, targets {tuple(targets.shape)}; "
+    f"all of it once, an epoch, is {len(loader):,} batches"
 )
 for row, target in zip(inputs, targets, strict=True):
     print(f"  {show(row):45} and then {show(target[-1:])}")
