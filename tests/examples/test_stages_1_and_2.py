@@ -1,7 +1,5 @@
 import re
 
-import pytest
-
 
 def test_a_sentence_is_merged_as_the_trainer_does(stage):
     code, told, error, picture = stage("1_tokenization")
@@ -22,11 +20,3 @@ def test_windows_and_documents_are_drawn(stage):
     plain, sorted_by_length = (int(share) for share in re.findall(r"(\d+)% of it is filling.*, (\d+)%", told)[0])
     assert sorted_by_length < plain
     assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("name", ["1_tokenization", "2_data_sampling"])
-def test_no_file_is_one_line(stage, name):
-    code, _, error, _ = stage(name, text="nowhere.txt")
-    assert code
-    assert "nowhere.txt" in error
-    assert error.count("\n") == 1

@@ -1,7 +1,5 @@
 import re
 
-import pytest
-
 
 def differences(told, before, after):
     return [float(number) for number in re.findall(f"{before}(\\S+){after}", told)]
@@ -35,11 +33,3 @@ def test_the_parts_of_a_block_and_the_sizes(stage):
     assert neither < 1e-3 < gpt2 < 100 < no_norm
     assert gpt2_alike < 95 < no_shortcut_alike
     assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("name", ["4_attention", "5_architecture"])
-def test_a_text_that_is_not_there_is_named_in_one_line(stage, name):
-    code, _, error, _ = stage(name, text="nowhere.txt")
-    assert code
-    assert "nowhere.txt" in error
-    assert error.count("\n") == 1
