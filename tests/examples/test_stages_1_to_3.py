@@ -20,3 +20,13 @@ def test_windows_and_documents_are_drawn(stage):
     plain, sorted_by_length = (int(share) for share in re.findall(r"(\d+)% of it is filling.*, (\d+)%", told)[0])
     assert sorted_by_length < plain
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_embeddings_are_looked_up_and_drawn(stage):
+    code, told, error, picture = stage("3_token_embeddings")
+    assert code == 0, error
+    found = [float(difference) for difference in re.findall(r"difference is (\S+?)\.? ?(?:at most)?\.?$", told, re.M)]
+    assert found
+    assert max(found) < 1e-5
+    assert re.search(r"before training +after training", told)
+    assert picture.read_bytes().startswith(b"\x89PNG")
