@@ -57,7 +57,7 @@ for word in ("naïve", "数学", "😀"):
     print(f"  {word} = {show(own, own.encode(word))} = {own.encode(word)}")
 
 english = Tokenizer.train(topics.values(), own.vocab_size)
-print(f"\n3. Another of {own.vocab_size:,} ids, learnt from Python's help texts. Each is best at what it learnt from:")
+print(f"\n3. Another of {own.vocab_size:,} ids, learnt from Python's help texts. Mostly each is better at its own:")
 for kind, sample in texts.items():
     a, b = split_text(own, sample), split_text(english, sample)
     print(f"  {kind}, {a.bytes} bytes: {len(a.ids)} tokens by the run's ({a.bytes_per_token:.2f} bytes each), ", end="")
